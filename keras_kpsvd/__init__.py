@@ -1,0 +1,9 @@
+"""Natural-gradient training of Keras models with Kronecker-product-SVD approximations of the Fisher matrix."""
+
+from keras_kpsvd import datasets
+from keras_kpsvd.curvature.approximations import approximate_fisher, exact_fisher
+from keras_kpsvd.curvature.samples import fisher_samples
+from keras_kpsvd.layers.dense import KPSVDDense
+from keras_kpsvd.optimizer import KPSVD
+
+__all__ = ["KPSVD", "KPSVDDense", "approximate_fisher", "datasets", "exact_fisher", "fisher_samples"]

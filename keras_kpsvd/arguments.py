@@ -1,0 +1,39 @@
+"""Checks of arguments: each raises a ValueError that names the argument, what it must be and what was received."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number and no boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_choice(argument: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in accepted:
+        expected = ", ".join(map(repr, accepted))
+        raise ValueError(f"`{argument}` must be one of {expected}. Received: {argument}={value!r}")
+
+
+def check_positive(argument: str, value: Any, alternative: str = "") -> None:
+    """A finite number greater than 0; `alternative` says what else would be accepted."""
+    if not is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"`{argument}` must be a finite number greater than 0{alternative}. Received: {argument}={value!r}"
+        )
+
+
+def check_fraction(argument: str, value: Any, *, one: bool) -> None:
+    """A number in [0, 1), or in [0, 1] if `one`."""
+    if not is_number(value) or not (0 <= value < 1 or (one and value == 1)):
+        raise ValueError(f"`{argument}` must be in [0, 1{']' if one else ')'}. Received: {argument}={value!r}")
+
+
+def check_count(argument: str, value: Any) -> None:
+    """An integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")

@@ -1,0 +1,1 @@
+"""Curvature of a layer from samples: approximations, their averages, diagnostics."""

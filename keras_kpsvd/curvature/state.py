@@ -1,0 +1,162 @@
+"""One layer's curvature as an optimizer keeps it: averaged factors, and the preconditioner made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_kpsvd.curvature.approximations import TWO_TERM_METHODS, approximate_terms
+from keras_kpsvd.curvature.averaging import average_terms, average_weight
+from keras_kpsvd.curvature.samples import Samples
+from keras_kpsvd.layers import RecordingLayer
+from keras_kpsvd.linalg import (
+    all_finite,
+    apply_one_term,
+    apply_two_term,
+    factor_damping,
+    invert_one_term,
+    joint_eigenbasis,
+)
+
+# A decomposition is trusted when it reproduces a probe vector to this part of the sizes that went into it.
+PROBE_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """The choices that travel together from the optimizer to every layer."""
+
+    method: str
+    damping_rule: str
+    factor_decay: float
+    indefinite: str
+
+
+class LayerCurvature:
+    """Variables of one layer and the pure functions that compute their next values.
+
+    Before the first good refresh the preconditioner is the identity: the layer takes a plain gradient step.
+
+    Args:
+        layer: a built instrumented layer.
+        options: shared choices.
+        add_variable: the optimizer's `add_variable`.
+    """
+
+    def __init__(self, layer: RecordingLayer, options: CurvatureOptions, add_variable: Callable[..., keras.Variable]):
+        self.layer = layer
+        self.options = options
+        d_in, d_out = layer.curvature_shape
+        dtype = "float64" if layer.variable_dtype == "float64" else "float32"
+        prefix = layer.path.replace("/", "_")
+
+        def add(shape: tuple[int, ...], name: str, initializer: str = "zeros") -> keras.Variable:
+            return add_variable(shape=shape, dtype=dtype, name=f"{prefix}_{name}", initializer=initializer)
+
+        self.two_term = options.method in TWO_TERM_METHODS
+        names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
+        self.factors = [(add((d_in, d_in), a), add((d_out, d_out), g)) for a, g in names]
+        self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
+        if self.two_term:
+            self.preconditioner = [
+                add((d_in, d_in), "K1", "identity"),
+                add((d_out, d_out), "K2", "identity"),
+                add((d_in,), "s1"),
+                add((d_out,), "s2"),
+            ]
+        else:
+            self.preconditioner = [
+                add((d_in, d_in), "A_inverse", "identity"),
+                add((d_out, d_out), "G_inverse", "identity"),
+            ]
+
+    def refresh(self, samples: Samples) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The averaged factors with one more batch in them, and whether they are good.
+
+        Args:
+            samples: `(activations [batch, shared, d_in], gradients [batch, shared, d_out])`.
+
+        Returns:
+            The next values of `refresh_targets`, the old ones where anything was not finite, and a scalar boolean.
+        """
+        old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
+        finite = all_finite(*samples)
+        # Decompositions raise on NaN in graph mode: they never see one.
+        activations, gradients = (tf.where(finite, value, tf.zeros_like(value)) for value in samples)
+        new = approximate_terms(activations, gradients, self.options.method, symmetric=True)
+        factorwise = self.options.method in ("kfac", "kfac_corrected")
+        trace = None
+        weight = average_weight(self.count.value, self.options.factor_decay)
+        if not factorwise:
+            # The free scale of an SVD term is fixed by KFAC's: tr A is the mean squared length of the activations.
+            batch = tf.cast(tf.maximum(tf.shape(activations)[0], 1), activations.dtype)
+            now = tf.reduce_sum(tf.square(activations)) / batch
+            trace = (1 - weight) * tf.linalg.trace(old[0][0]) + weight * now
+        averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
+        flat_old, flat_new = _flatten(old), _flatten(averaged)
+        good = finite & all_finite(*flat_new)
+        values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
+        return [*values, self.count.value + tf.cast(good, tf.int64)], good
+
+    @property
+    def refresh_targets(self) -> list[keras.Variable]:
+        """What the values of `refresh` are assigned to."""
+        return [*_flatten(self.factors), self.count]
+
+    def invert(self, damping: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The preconditioner of the current factors at `damping` (the paper's λ), and whether it is good.
+
+        Returns:
+            The next values of `preconditioner`, the old ones where the decomposition failed or its result does not reproduce
+            a probe vector, and a scalar boolean. Without factors yet the old values are good.
+        """
+        terms = [(tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors]
+        known = self.count.value > 0
+        (a, g) = terms[0]
+        lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), self.options.damping_rule)
+        # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
+        lam_a, lam_g = (tf.where(known, value, tf.ones_like(value)) for value in (lam_a, lam_g))
+        old = [tf.convert_to_tensor(variable) for variable in self.preconditioner]
+        try:
+            if self.two_term:
+                new = joint_eigenbasis(a, g, *terms[1], lam_a, lam_g)
+            else:
+                new = invert_one_term(a, g, lam_a, lam_g)
+        except (tf.errors.OpError, FloatingPointError):
+            # Eagerly a failed decomposition raises here; in a graph it returns NaN, or is refused by the probe.
+            return old, tf.constant(False)
+        good = all_finite(*new)
+        for factor, lam, inverse in ((a, lam_a, new[0]), (g, lam_g, new[1])):
+            good &= _inverts(inverse, factor, lam, square=self.two_term)
+        values = [tf.where(known & good, now, before) for now, before in zip(new, old, strict=True)]
+        return values, good | ~known
+
+    def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
+        """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
+        tensors = [tf.convert_to_tensor(variable) for variable in self.preconditioner]
+        matrix = tf.cast(matrix, tensors[0].dtype)
+        if self.two_term:
+            return apply_two_term(*tensors, matrix, indefinite=self.options.indefinite)
+        return apply_one_term(*tensors, matrix)
+
+
+def _flatten(pairs: Any) -> list:
+    return [factor for pair in pairs for factor in pair]
+
+
+def _inverts(inverse: tf.Tensor, factor: tf.Tensor, lam: tf.Tensor, *, square: bool) -> tf.Tensor:
+    """Whether `inverse` (or `K Kᵀ` with `K = inverse` if `square`) solves with `factor + λI`, to a backward error.
+
+    The residual of one probe vector is measured against the sizes that made it (Rigal & Gaches 1967), so that an
+    ill-conditioned factor is not taken for a failure.
+    """
+    size = factor.shape[0]
+    probe = tf.cast(tf.cos(tf.range(size, dtype=tf.float32) * 2.4), factor.dtype)[:, None]
+    solution = tf.matmul(inverse, tf.matmul(inverse, probe, transpose_a=True)) if square else tf.matmul(inverse, probe)
+    residual = tf.norm(tf.matmul(factor, solution) + lam * solution - probe)
+    sizes = (tf.norm(factor) + lam) * tf.norm(solution) + tf.norm(probe)
+    return residual <= PROBE_TOLERANCE * sizes

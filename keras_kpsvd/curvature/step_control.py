@@ -1,0 +1,152 @@
+"""How far to step, and how much to damp.
+
+The step `δ = −αΔ + μδ₀`, of the preconditioned gradient `Δ` and the previous step `δ₀`, minimises the quadratic model
+`M(δ) = ∇ᵀδ + ½ δᵀ(F + λI)δ` (Martens & Grosse 2015, §6.4 and §7, eq. 12) with exact products of the whole model's Fisher, not
+of its Kronecker approximation, which overestimates a good step up to a hundredfold once λ is small.
+
+`δᵀFδ = E_n[(J_nδ)ᵀ F_z (J_nδ)]`, with `F_z` the Fisher of the predictive distribution at the outputs. `J_nδ` needs no second
+forward pass: the gradients `g_l(u)` of the recorder's tape are linear in the cotangent `u`, so that `Jδ = ∇_u Σ_l ⟨g_l(u), ā_l δ_l⟩`.
+In a graph the values of `g_l` are never computed, and a direction costs two matrix products a layer.
+
+λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, §6.5 of the same paper). The model says
+that `∇ᵀδ` vanishes at the step's end. `ρ = 1 − E[∇_{t+1}ᵀδ_t] / |E[∇_tᵀδ_t]|` with the next batch's gradient `∇_{t+1}` is 1 where that
+is so, less where steps overshoot: because the curvature was underestimated or, since the two batches are independent,
+because the step fitted the noise of its own batch. (The paper's own ratio is measured on the step's batch, cannot see
+noise, and takes one more forward pass.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_kpsvd import likelihoods
+from keras_kpsvd.layers import ForwardPass, RecordingLayer
+
+# Slopes are averaged over some ten steps; λ moves by 5 % a step at most, as the paper's (19/20)^T1 every T1 steps.
+SLOPE_DECAY = 0.9
+DAMPING_FACTOR = 0.95
+DAMPING_RANGE = (1e-5, 1e3)
+RAISE_BELOW, LOWER_ABOVE = 0.25, 0.75
+
+
+class StepCoefficients(NamedTuple):
+    """`δ = −rate · Δ + momentum · δ₀`; float32 scalars."""
+
+    rate: tf.Tensor
+    momentum: tf.Tensor
+
+
+def linearised_outputs(
+    forward_pass: ForwardPass, heads: list[likelihoods.Head], matrices: dict[RecordingLayer, tf.Tensor]
+) -> list[tf.Tensor]:
+    """`J δ`, the change of every output of the model for a small change `δ` of the weights of its instrumented layers.
+
+    Args:
+        forward_pass: a closed pass with a persistent tape.
+        heads: its outputs.
+        matrices: `δ_l [d_in, d_out]` for each layer that changes.
+
+    Returns:
+        For each head a tensor of the shape of its outputs.
+    """
+    records = [record for record in forward_pass.records if record.layer in matrices]
+    outputs = [head.outputs for head in heads]
+    cotangents = [tf.zeros_like(output) for output in outputs]
+    with tf.GradientTape(watch_accessed_variables=False) as linear:
+        linear.watch(cotangents)
+        gradients = forward_pass.tape.gradient(
+            outputs, [record.preactivation for record in records], output_gradients=cotangents
+        )
+        total = tf.constant(0.0)
+        for record, gradient in zip(records, gradients, strict=True):
+            if gradient is None:
+                continue
+            activations = record.layer.sample_activations(record.inputs)
+            change = tf.matmul(activations, tf.cast(matrices[record.layer], activations.dtype))
+            product = record.layer.sample_gradients(gradient) * change
+            total += tf.cast(tf.reduce_sum(product), tf.float32)
+    tangents = linear.gradient(total, cotangents)
+    return [
+        tf.zeros_like(output) if tangent is None else tangent for tangent, output in zip(tangents, outputs, strict=True)
+    ]
+
+
+def quadratic_model(
+    forward_pass: ForwardPass,
+    heads: list[likelihoods.Head],
+    directions: list[dict[RecordingLayer, tf.Tensor]],
+    damping: tf.Tensor,
+    seed: tf.Tensor,
+) -> tf.Tensor:
+    """`V_iᵀ (F + λI) V_j` for a few directions in weight space.
+
+    Args:
+        forward_pass: a closed pass with a persistent tape.
+        heads: its outputs.
+        directions: `k` of them, each `{layer: V [d_in, d_out]}`.
+        damping: λ, scalar.
+        seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
+
+    Returns:
+        `[k, k]`, float32, symmetric.
+    """
+    tangents = [linearised_outputs(forward_pass, heads, direction) for direction in directions]
+    products = [
+        likelihoods.fisher_inner(head, [tangent[index] for tangent in tangents], seed)
+        for index, head in enumerate(heads)
+    ]
+    lengths = tf.stack([tf.stack([inner(one, other) for other in directions]) for one in directions])
+    return tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
+
+
+def inner(one: dict[RecordingLayer, tf.Tensor], other: dict[RecordingLayer, tf.Tensor]) -> tf.Tensor:
+    """The Euclidean inner product of two directions, float32 scalar."""
+    return tf.add_n(
+        [tf.cast(tf.reduce_sum(one[layer] * tf.cast(other[layer], one[layer].dtype)), tf.float32) for layer in one]
+    )
+
+
+def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -> StepCoefficients:
+    """Minimises `½ cᵀ M c + slopesᵀ c` over `c = (−rate, momentum)`, rate not negative, momentum in `[0, largest_momentum]`.
+
+    Args:
+        quadratic: `M [2, 2]`, on the directions `Δ` and `δ₀`.
+        slopes: `(∇ᵀΔ, ∇ᵀδ₀)`; the first is positive for a positive definite preconditioner.
+        largest_momentum: the cap of `momentum`.
+
+    Returns:
+        The minimiser. Where `Δ` has no curvature at all, not even damping, the rate is 0.
+    """
+    m00, m01, m11 = quadratic[0, 0], quadratic[0, 1], quadratic[1, 1]
+    determinant = m00 * m11 - m01 * m01
+    # Of two nearly parallel directions one is enough.
+    independent = determinant > 1e-6 * m00 * m11
+    momentum = tf.math.divide_no_nan(m01 * slopes[0] - m00 * slopes[1], tf.where(independent, determinant, 0.0))
+    momentum = tf.clip_by_value(momentum, 0.0, largest_momentum)
+    rate = tf.maximum(tf.math.divide_no_nan(slopes[0] + m01 * momentum, m00), 0.0)
+    return StepCoefficients(rate, momentum)
+
+
+def follow_damping(
+    damping: tf.Tensor, averages: tf.Tensor, slope_before: tf.Tensor, slope_after: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The next λ from the slopes along the last step at its start and, on a new batch, at its end.
+
+    Args:
+        damping: λ, scalar.
+        averages: `[2]`, the running averages of the two slopes.
+        slope_before: `∇_tᵀδ_t`, not positive; zero where there was no step yet.
+        slope_after: `∇_{t+1}ᵀδ_t`.
+
+    Returns:
+        `(next λ, next averages)`, both float32.
+    """
+    averages = SLOPE_DECAY * averages + (1 - SLOPE_DECAY) * tf.stack([slope_before, slope_after])
+    ratio = 1 + tf.math.divide_no_nan(averages[1], averages[0])
+    factor = tf.where(
+        ratio > LOWER_ABOVE, DAMPING_FACTOR, tf.where(ratio < RAISE_BELOW, 1 / DAMPING_FACTOR, tf.ones_like(ratio))
+    )
+    factor = tf.where(averages[0] < 0, factor, tf.ones_like(factor))
+    return tf.clip_by_value(damping * factor, *DAMPING_RANGE), averages

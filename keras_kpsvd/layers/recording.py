@@ -1,0 +1,286 @@
+"""Recording of one forward pass: what every instrumented layer received and what it made of it.
+
+An instrumented layer hands its inputs and its pre-activation to each `Recorder` attached to it. The recorder keeps them,
+with a gradient tape of its own on which the pre-activations are watched, until an optimizer takes the finished pass. Nothing
+is stored in variables, and nothing is recorded where no gradient can follow: outside training, while a model is built
+symbolically, or where no outer tape records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager.record import could_possibly_record
+
+
+class Record(NamedTuple):
+    """One call of one instrumented layer."""
+
+    layer: RecordingLayer
+    inputs: tf.Tensor
+    preactivation: tf.Tensor
+
+
+@dataclass
+class ForwardPass:
+    """What one forward pass left behind.
+
+    Attributes:
+        context: Keras's call context of the outermost call, which tells passes apart.
+        graph: the graph the pass was traced in, None when it ran eagerly.
+        model: the outermost `keras.Model`, None where layers were called by hand.
+        tape: the recorder's tape; `tape.gradient` reaches every watched pre-activation.
+        records: the calls, in order.
+        outputs: what the model returned, as its loss received it; None where no `compute_loss` was called.
+        batch: the arguments of `compute_loss` less the outputs: `x`, `y`, `sample_weight`; None likewise.
+        loss: the scalar loss, None where it did not pass by. On the tape only when the recorder was asked to keep it.
+        last_output: what the last recorded call returned, which ends the model where no `compute_loss` says otherwise.
+    """
+
+    context: Any
+    graph: tf.Graph | None
+    model: keras.Model | None
+    tape: tf.GradientTape
+    records: list[Record] = field(default_factory=list)
+    outputs: Any = None
+    batch: dict[str, Any] | None = None
+    loss: tf.Tensor | None = None
+    last_output: tf.Tensor | None = None
+    recording: bool = True
+    unhook: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Stops the tape and takes the hook off the model; idempotent."""
+        if self.recording:
+            self.recording = False
+            self.tape.__exit__(None, None, None)
+        if self.unhook is not None:
+            self.unhook()
+            self.unhook = None
+
+    @property
+    def layers(self) -> list[RecordingLayer]:
+        """The recorded layers, each once, in the order of their first call."""
+        return list(dict.fromkeys(record.layer for record in self.records))
+
+
+class Recorder:
+    """Collects forward passes of the layers it is attached to.
+
+    One pass is kept at a time. The next training-mode pass closes one that no optimizer took, so an abandoned pass leaves
+    neither a tape nor tensors behind. Each thread (under `tf.distribute`, each replica while tracing) has its own pass.
+
+    Args:
+        keep_loss: the loss itself is needed on the tape (for gradients at the actual targets), so that the tape stays open
+            until the loss is known. Otherwise it closes as soon as the model's outputs are.
+        persistent: the tape can be differentiated more than once.
+        always: record even where no outer tape records.
+    """
+
+    def __init__(self, *, keep_loss: bool = False, persistent: bool = False, always: bool = False):
+        self.keep_loss = keep_loss
+        self.persistent = persistent
+        self.always = always
+        self._local = threading.local()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, training-mode calls are not recorded."""
+        before, self._local.paused = getattr(self._local, "paused", False), True
+        try:
+            yield
+        finally:
+            self._local.paused = before
+
+    @property
+    def _current(self) -> ForwardPass | None:
+        return getattr(self._local, "forward_pass", None)
+
+    def record(self, layer: RecordingLayer, inputs: tf.Tensor, preactivation: tf.Tensor) -> None:
+        """Called by `layer` in each training-mode call, before its activation."""
+        if getattr(self._local, "paused", False):
+            return
+        context = layer._get_call_context()
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        current = self._current
+        if current is not None and not self._continues(current, layer, context, graph):
+            self.discard()
+            current = None
+        if current is None:
+            if not (self.always or could_possibly_record()):
+                return
+            current = self._open(context, graph)
+        if current.graph is not graph:
+            return  # Called inside a loop or branch: its tensors mean nothing outside, the layer trains by plain gradient.
+        current.tape.watch(preactivation)
+        current.records.append(Record(layer, inputs, preactivation))
+
+    def record_output(self, preactivation: tf.Tensor, output: tf.Tensor) -> None:
+        """Called by the layer after its activation."""
+        current = self._current
+        if current is not None and current.records and current.records[-1].preactivation is preactivation:
+            current.last_output = output
+
+    @staticmethod
+    def _continues(current: ForwardPass, layer: RecordingLayer, context: Any, graph: tf.Graph | None) -> bool:
+        """Whether a call belongs to the pass under way: layers called by hand, one by one, share a pass too."""
+        if not current.recording or not _encloses(current.graph, graph):
+            return False
+        return current.context is context or all(record.layer is not layer for record in current.records)
+
+    def _open(self, context: Any, graph: tf.Graph | None) -> ForwardPass:
+        model = context.entry_layer if isinstance(context.entry_layer, keras.Model) else None
+        tape = tf.GradientTape(persistent=self.persistent, watch_accessed_variables=False)
+        opened = ForwardPass(context, graph, model, tape)
+        if model is not None:
+            opened.unhook = _hook_compute_loss(model, opened, self.keep_loss)
+        tape.__enter__()
+        self._local.forward_pass = opened
+        return opened
+
+    def close(self, loss: tf.Tensor | None = None) -> None:
+        """Ends the pass under way, if any, at the point where the (unscaled) loss is known."""
+        current = self._current
+        if current is not None and current.recording:
+            current.loss = loss
+            current.close()
+
+    def take(self) -> ForwardPass | None:
+        """Ends the pass under way and hands it over; None where nothing usable was recorded."""
+        self.close()
+        current = self._current
+        self._local.forward_pass = None
+        if current is None or not current.records:
+            return None
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        return current if _encloses(current.graph, graph) else None
+
+    def discard(self) -> None:
+        """Forgets the pass under way."""
+        if self._current is not None:
+            self._current.close()
+            self._local.forward_pass = None
+
+
+def _encloses(outer: tf.Graph | None, graph: tf.Graph | None) -> bool:
+    """Whether tensors of `outer` (None: eager) may be used in `graph`."""
+    if outer is None:
+        return graph is None
+    while graph is not None and graph is not outer:
+        graph = getattr(graph, "outer_graph", None)
+    return graph is outer
+
+
+def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss: bool) -> Callable[[], None]:
+    """Lets the next `model.compute_loss` tell `forward_pass` the outputs and the sample weights; returns the undoing.
+
+    Stock `train_step` calls it right after the forward pass. It is the one public place where a model's outputs and sample
+    weights pass by, whatever layers end the model. The hook is an attribute of the instance and takes itself off when called.
+    """
+    before = model.__dict__.get("compute_loss")
+
+    def unhook() -> None:
+        if model.__dict__.get("compute_loss") is hook:
+            if before is None:
+                del model.__dict__["compute_loss"]
+            else:
+                model.__dict__["compute_loss"] = before
+
+    def hook(x=None, y=None, y_pred=None, sample_weight=None, **keywords):
+        unhook()
+        call = model.compute_loss if before is None else before
+        recorded = forward_pass.recording
+        if recorded:
+            forward_pass.outputs = y_pred
+            forward_pass.batch = {"x": x, "y": y, "sample_weight": sample_weight}
+            if not keep_loss:
+                forward_pass.close()
+        loss = call(x, y, y_pred, sample_weight, **keywords)
+        if recorded:
+            forward_pass.loss = loss
+            forward_pass.close()
+        return loss
+
+    model.__dict__["compute_loss"] = hook
+    return unhook
+
+
+class RecordingLayer:
+    """Mixin of every instrumented layer: to whom it reports, and how it reduces to the one sample format.
+
+    A layer maps its calls to `activations [batch, shared, d_in]` and `gradients [batch, shared, d_out]`, and its weights to one
+    matrix `[d_in, d_out]` in the same order, the bias as its last row. Subclasses define the methods that raise here.
+    """
+
+    _recorders: tuple[weakref.ref, ...] = ()
+
+    def attach(self, recorder: Recorder) -> None:
+        """Reports every later training-mode call to `recorder` as well, for as long as somebody else keeps it alive."""
+        alive = [reference for reference in self._recorders if reference() not in (None, recorder)]
+        object.__setattr__(self, "_recorders", (*alive, weakref.ref(recorder)))
+
+    def detach(self, recorder: Recorder) -> None:
+        """Undoes `attach`."""
+        kept = tuple(reference for reference in self._recorders if reference() not in (None, recorder))
+        object.__setattr__(self, "_recorders", kept)
+
+    def _activate(self, inputs: tf.Tensor, preactivation: tf.Tensor, training: Any) -> tf.Tensor:
+        """The layer's activation of `preactivation`, reported on the way in training."""
+        recorders = [reference() for reference in self._recorders] if training is True else []
+        recorders = [recorder for recorder in recorders if recorder is not None and tf.is_tensor(preactivation)]
+        for recorder in recorders:
+            recorder.record(self, inputs, preactivation)
+        output = preactivation if self.activation is None else self.activation(preactivation)
+        for recorder in recorders:
+            recorder.record_output(preactivation, output)
+        return output
+
+    def claim(self) -> None:
+        """Writes the layer's name into its kernel, so that an optimizer that sees only variables finds the layer."""
+        self.curvature_variables[0]._kpsvd_layer = weakref.ref(self)
+
+    @property
+    def curvature_variables(self) -> list[keras.Variable]:
+        """The kernel, then the bias if there is one."""
+        raise TypeError(f"{type(self).__name__} must define `curvature_variables`.")
+
+    @property
+    def curvature_shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of the weight matrix, bias row included."""
+        raise TypeError(f"{type(self).__name__} must define `curvature_shape`.")
+
+    def sample_activations(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The layer's inputs as `[batch, shared, d_in]`, float32 or float64, bias column last."""
+        raise TypeError(f"{type(self).__name__} must define `sample_activations`.")
+
+    def sample_gradients(self, gradient: tf.Tensor) -> tf.Tensor:
+        """A gradient by the pre-activation as `[batch, shared, d_out]`."""
+        raise TypeError(f"{type(self).__name__} must define `sample_gradients`.")
+
+    def to_matrix(self, values: list[tf.Tensor]) -> tf.Tensor:
+        """Values for `curvature_variables` as one matrix `[d_in, d_out]`."""
+        raise TypeError(f"{type(self).__name__} must define `to_matrix`.")
+
+    def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
+        """The inverse of `to_matrix`."""
+        raise TypeError(f"{type(self).__name__} must define `from_matrix`.")
+
+
+def layers_of(variables: Iterable[keras.Variable]) -> list[RecordingLayer]:
+    """The instrumented layers all of whose curvature variables are among `variables`, in the order of their kernels."""
+    given = list(variables)
+    identities = {id(variable) for variable in given}
+    found = []
+    for variable in given:
+        layer = getattr(variable, "_kpsvd_layer", lambda: None)()
+        if layer is not None and layer.curvature_variables[0] is variable:
+            if all(id(other) in identities for other in layer.curvature_variables):
+                found.append(layer)
+    return found

@@ -1,0 +1,331 @@
+"""Predictive distributions: which density a compiled loss stands for, and its gradients at sampled or at all targets.
+
+A loss that Keras averages over outputs is a scaled negative log-likelihood, `loss = mean_n κ_n · (−log p(y_n | z_n))`; the
+curvature of that loss (its generalised Gauss–Newton matrix) is `E_n[κ_n E_y[∇log p ∇log pᵀ]]` (Martens 2020, §9). All
+gradients here therefore carry the factor `√κ_n`, so that the second moment of what they back-propagate to is the curvature of
+the loss as compiled, whatever its reduction. With `c` outputs averaged over, `κ = 1/c`.
+
+`tensorflow_probability` takes seconds to import and is imported on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+NAMES = ("categorical", "bernoulli", "normal")
+MAX_EXACT = 256
+
+_LOSSES = {
+    keras.losses.binary_crossentropy: "bernoulli",
+    keras.losses.categorical_crossentropy: "categorical",
+    keras.losses.sparse_categorical_crossentropy: "categorical",
+    keras.losses.mean_squared_error: "normal",
+}
+
+
+class Head(NamedTuple):
+    """One output of a model and what its loss says of it.
+
+    Attributes:
+        outputs: `z`, `[batch, ...]`: logits where they are known, else what the model returned.
+        family: one of `NAMES`, or the user's callable `z -> Distribution`.
+        logits: whether `outputs` are logits rather than probabilities (of no meaning for "normal" and callables).
+        weight: `κ`, a scalar or broadcastable to `outputs` from the left over `[batch, ...]`.
+    """
+
+    outputs: tf.Tensor
+    family: str | Callable[[tf.Tensor], Any]
+    logits: bool
+    weight: tf.Tensor | float
+
+
+def check(likelihood: str | Callable) -> None:
+    """Raises a ValueError that names `likelihood` if it is none of the accepted values."""
+    if likelihood != "auto" and likelihood not in NAMES and not callable(likelihood):
+        expected = ", ".join(repr(name) for name in ("auto", *NAMES))
+        raise ValueError(
+            f"`likelihood` must be one of {expected}, or a callable from the model's output to a "
+            f"tfp.distributions.Distribution. Received: likelihood={likelihood!r}"
+        )
+
+
+def predictive(head: Head, outputs: tf.Tensor) -> Any:
+    """The distribution of the targets of `head` at `outputs`, one factor for each of its independent parts.
+
+    Mean squared error is the negative log-likelihood of a normal of variance 1/2, to a constant, hence that scale.
+    """
+    from tensorflow_probability import distributions as tfd
+
+    argument = "logits" if head.logits else "probs"
+    if callable(head.family):
+        return head.family(outputs)
+    if head.family == "normal":
+        return tfd.Normal(outputs, tf.constant(0.5**0.5, outputs.dtype))
+    if not head.logits:
+        tiny = tf.constant(keras.config.epsilon(), outputs.dtype)
+        outputs = tf.clip_by_value(outputs, tiny, 1 - tiny)
+    kind = tfd.Bernoulli if head.family == "bernoulli" else tfd.Categorical
+    return kind(**{argument: outputs})
+
+
+def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:
+    """`√κ ∂(−log p(y|z))/∂z` at targets drawn from `p(·|z)`.
+
+    Args:
+        head: the output and its density.
+        seed: `[2]` integers; equal seeds draw equal targets, and nobody else's random numbers are touched.
+
+    Returns:
+        float tensor of the shape of `head.outputs`.
+    """
+    outputs = _leaf(head)
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        distribution = predictive(head, outputs)
+        targets = tf.stop_gradient(distribution.sample(seed=seed))
+        log_likelihood = distribution.log_prob(targets)
+    gradient = tape.gradient(log_likelihood, outputs)
+    if gradient is None:
+        raise ValueError(
+            "`likelihood` must return a distribution whose `log_prob` depends on the model's output. "
+            f"Received: likelihood={head.family!r}"
+        )
+    return _weighted(head, -gradient)
+
+
+def exact_cotangents(head: Head) -> tf.Tensor:
+    """Cotangents `[k, batch, ...]` whose outer products sum to `κ E_y[∇log p ∇log pᵀ]`: no target is drawn.
+
+    For "bernoulli" and "normal" one for each output, `√(p(1−p)) e_i` and `√2 e_i`; for "categorical" one for each class at
+    each position, `√p_i (p − e_i)`.
+
+    Raises:
+        ValueError: more than `MAX_EXACT` outputs per example, or a callable likelihood.
+    """
+    outputs = _leaf(head)
+    width = outputs.shape[1:].num_elements()
+    if callable(head.family):
+        raise ValueError(
+            "`fisher`='exact' knows the expectation over targets of "
+            f"{', '.join(NAMES)} only; use fisher='sampled' with a callable likelihood. Received: likelihood={head.family!r}"
+        )
+    if width is None or width > MAX_EXACT:
+        raise ValueError(
+            f"`fisher`='exact' sums over every output and is meant for at most {MAX_EXACT} of them; use fisher='sampled'. "
+            f"Received an output of shape {tuple(outputs.shape)}."
+        )
+    if head.family == "normal":
+        deviation = tf.fill(tf.shape(outputs), tf.constant(2.0**0.5, outputs.dtype))
+    elif head.family == "bernoulli" and head.logits:
+        deviation = tf.sqrt(tf.sigmoid(outputs) * tf.sigmoid(-outputs))
+    elif head.family == "bernoulli":
+        probabilities = tf.clip_by_value(outputs, keras.config.epsilon(), 1 - keras.config.epsilon())
+        deviation = tf.math.rsqrt(probabilities * (1 - probabilities))
+    else:
+        probabilities = tf.nn.softmax(outputs) if head.logits else outputs
+        probabilities = tf.clip_by_value(probabilities, keras.config.epsilon(), 1.0)
+        classes = outputs.shape[-1]
+        unit = tf.eye(classes, dtype=outputs.dtype)
+        if head.logits:
+            # ∂(−log p_i)/∂z = p − e_i, drawn with probability p_i; axis 1 runs over i.
+            each = tf.sqrt(probabilities)[..., None] * (probabilities[..., None, :] - unit)
+        else:
+            each = -unit * tf.math.rsqrt(probabilities)[..., None]
+        positions = width // classes
+        each = tf.reshape(each, [-1, positions, classes, classes])
+        spread = tf.einsum("npij,pq->pinqj", each, tf.eye(positions, dtype=outputs.dtype))
+        return _weighted(head, tf.reshape(spread, tf.concat([[width], tf.shape(outputs)], 0)), batch_axis=1)
+    flat = tf.linalg.diag(tf.reshape(deviation, [-1, width]))
+    stacked = tf.reshape(tf.transpose(flat, [1, 0, 2]), tf.concat([[width], tf.shape(outputs)], 0))
+    return _weighted(head, stacked, batch_axis=1)
+
+
+def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: int = 16) -> tf.Tensor:
+    """`E_n[κ_n t_iᵀ F_z t_j]` for changes `t` of the outputs, `F_z` the Fisher matrix of the predictive distribution at `z`.
+
+    Args:
+        head: the output and its density.
+        tangents: `k` tensors of the shape of its outputs.
+        seed: `[2]` integers, for callables.
+        draws: callables only: `F_z` is the mean outer product of the score at so many draws a example.
+
+    Returns:
+        `[k, k]`, float32, symmetric positive semi-definite.
+    """
+    outputs = _leaf(head)
+    stacked = tf.stack([tf.cast(tangent, outputs.dtype) for tangent in tangents])
+    if callable(head.family):
+        repeated = head._replace(
+            outputs=tf.tile(outputs, tf.concat([[draws], tf.ones([outputs.shape.rank - 1], tf.int32)], 0)),
+            weight=1.0,
+        )
+        scores = tf.reshape(sampled_cotangent(repeated, seed), tf.concat([[draws], tf.shape(outputs)], 0))
+        axes = list(range(2, scores.shape.rank))
+        images = [tf.reduce_sum(_weighted(head, scores, batch_axis=1) * tangent, axis=axes) for tangent in stacked]
+        flat = tf.stack([tf.reshape(image, [-1]) for image in images])
+        return tf.cast(tf.matmul(flat, flat, transpose_b=True) / tf.cast(tf.shape(flat)[1], flat.dtype), tf.float32)
+    stacked = _weighted(head, stacked, batch_axis=1)
+    tiny = keras.config.epsilon()
+    if head.family == "normal":
+        images = 2.0 * stacked
+    elif head.family == "bernoulli":
+        p = tf.sigmoid(outputs) if head.logits else tf.clip_by_value(outputs, tiny, 1 - tiny)
+        variance = p * (1 - p)
+        images = stacked * variance if head.logits else stacked / variance
+    elif head.logits:
+        p = tf.nn.softmax(outputs)
+        images = p * (stacked - tf.reduce_sum(p * stacked, axis=-1, keepdims=True))
+    else:
+        images = stacked / tf.clip_by_value(outputs, tiny, 1.0)
+    count = len(tangents)
+    one, other = tf.reshape(stacked, [count, -1]), tf.reshape(images, [count, -1])
+    products = tf.matmul(one, other, transpose_b=True) / tf.cast(tf.maximum(tf.shape(outputs)[0], 1), outputs.dtype)
+    return tf.cast(0.5 * (products + tf.transpose(products)), tf.float32)
+
+
+def heads(
+    likelihood: str | Callable,
+    model: keras.Model | None,
+    outputs: Any,
+    sample_weight: Any = None,
+) -> list[Head]:
+    """One `Head` for each output that has a loss.
+
+    Args:
+        likelihood: "auto", one of `NAMES`, or a callable `z -> tfp.distributions.Distribution`.
+        model: the outermost model, compiled or not; None in loops without one.
+        outputs: what the model returned: a tensor or a nest of tensors.
+        sample_weight: as the model's loss received it.
+
+    A named or callable likelihood holds for every output. Where the loss is not known (hand-written loops), it is taken to be
+    Keras's own: the mean over the batch of the mean over outputs; a callable's, the mean over the batch of `−log p`.
+
+    Raises:
+        ValueError: the density can't be known; the message names `likelihood`.
+    """
+    flat = keras.tree.flatten(outputs)
+    losses, loss_weights = _compiled(model, flat, outputs)
+    if sample_weight is None:
+        weights = [None] * len(flat)
+    else:
+        weights = keras.tree.flatten(sample_weight)
+        weights = weights * len(flat) if len(weights) == 1 else weights
+    found = []
+    for output, loss, loss_weight, weight in zip(flat, losses, loss_weights, weights, strict=True):
+        if loss is None and model is not None and any(other is not None for other in losses):
+            continue
+        family, from_logits, reduction = _family(likelihood, loss, model)
+        before = getattr(output, "_keras_logits", None)
+        discrete = family in ("bernoulli", "categorical")
+        logits = not discrete or before is not None or from_logits is not False
+        z = before if discrete and before is not None else output
+        kappa = _scale(family, reduction, z) * (1.0 if loss_weight is None else loss_weight)
+        elements = _element_weights(output, weight, reduction, family)
+        found.append(Head(z, family, logits, kappa if elements is None else kappa * elements))
+    return found
+
+
+def _leaf(head: Head) -> tf.Tensor:
+    """The outputs as a constant, in float32 at least."""
+    outputs = head.outputs if head.outputs.dtype == tf.float64 else tf.cast(head.outputs, tf.float32)
+    return tf.stop_gradient(outputs)
+
+
+def _weighted(head: Head, cotangent: tf.Tensor, batch_axis: int = 0) -> tf.Tensor:
+    weight = tf.sqrt(tf.cast(head.weight, cotangent.dtype))
+    missing = cotangent.shape.rank - batch_axis - weight.shape.rank
+    if weight.shape.rank > 0:
+        weight = tf.reshape(weight, tf.concat([tf.shape(weight), tf.ones([missing], tf.int32)], 0))
+    return cotangent * weight
+
+
+def _compiled(model: keras.Model | None, flat: list, outputs: Any) -> tuple[list, list]:
+    """Losses and loss weights in the order of the flattened outputs; None where there is none."""
+    nothing = [None] * len(flat)
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None:
+        return nothing, nothing
+    names = getattr(model, "output_names", None)
+
+    def spread(value):
+        if isinstance(value, dict):
+            keys = list(outputs) if isinstance(outputs, dict) else names
+            return [value.get(key) for key in keys or []]
+        if keras.tree.is_nested(value):
+            return list(keras.tree.flatten(value))
+        return [value] * len(flat)
+
+    losses = spread(model.loss)
+    weights = spread(compiled._user_loss_weights)
+    if len(losses) != len(flat) or len(weights) != len(flat):
+        raise ValueError(
+            "`likelihood`='auto' needs one loss for each output. "
+            f"Received {len(losses)} losses and {len(weights)} loss weights for {len(flat)} outputs: loss={model.loss!r}"
+        )
+    return losses, weights
+
+
+def _family(
+    likelihood: str | Callable, loss: Any, model: keras.Model | None
+) -> tuple[str | Callable, bool | None, str]:
+    """`(family, from_logits or None if unknown, reduction)`."""
+    resolved = keras.losses.get(loss) if isinstance(loss, str) else loss
+    function = getattr(resolved, "fn", resolved)
+    options = getattr(resolved, "_fn_kwargs", {})
+    reduction = getattr(resolved, "reduction", "sum_over_batch_size")
+    known = _LOSSES.get(function) if callable(function) else None
+    standard = options.get("axis", -1) == -1 and options.get("ignore_class") is None
+    from_logits = options.get("from_logits", False) if known else None
+    if likelihood != "auto":
+        return likelihood, from_logits, reduction
+    if known is None or not standard or reduction in (None, "none"):
+        named = "no compiled loss" if model is None or loss is None else f"loss={loss!r}"
+        raise ValueError(
+            "`likelihood`='auto' knows the predictive distribution of binary_crossentropy, categorical_crossentropy, "
+            "sparse_categorical_crossentropy and mean_squared_error over the last axis, reduced to a scalar. Pass "
+            "likelihood='bernoulli', 'categorical', 'normal' or a callable from the model's output to a "
+            f"tfp.distributions.Distribution to KPSVD. Received: {named}"
+        )
+    return known, from_logits, reduction
+
+
+def _scale(family: str | Callable, reduction: str, outputs: tf.Tensor) -> tf.Tensor | float:
+    """`κ` of one example: the loss is `mean_n κ (−log p_n)`."""
+    summed = reduction in ("sum", None, "none")
+    shape = tf.shape(outputs)
+    batch = tf.cast(shape[0], tf.float32)
+    if callable(family):
+        return batch if summed else 1.0
+    if family == "categorical":
+        averaged = tf.constant(1.0) if summed else tf.cast(tf.reduce_prod(shape[1:-1]), tf.float32)
+    else:
+        averaged = tf.cast(shape[-1] if summed else tf.reduce_prod(shape[1:]), tf.float32)
+    return (batch if summed else 1.0) / averaged
+
+
+def _element_weights(output: tf.Tensor, sample_weight: Any, reduction: str, family: Any) -> tf.Tensor | None:
+    """Sample weights and Keras mask as one factor over `[batch, ...]`, scaled as the loss scales them."""
+    mask = getattr(output, "_keras_mask", None)
+    if mask is not None:
+        mask = tf.cast(mask, tf.float32)
+        if reduction in ("mean", "sum_over_batch_size"):
+            mask *= tf.math.divide_no_nan(tf.cast(tf.size(mask), tf.float32), tf.reduce_sum(mask))
+    if sample_weight is None:
+        return mask
+    weight = tf.cast(sample_weight, tf.float32)
+    per_value = output.shape.rank - 1
+    if weight.shape.rank is not None and weight.shape.rank > 1 and weight.shape.rank >= output.shape.rank:
+        weight = weight[..., 0]
+    if mask is not None:
+        weight = weight * mask if weight.shape.rank == mask.shape.rank else weight[:, None] * mask
+    if reduction == "mean_with_sample_weight":
+        spread = tf.cast(tf.reduce_prod(tf.shape(output)[:per_value]), tf.float32)
+        spread /= tf.cast(tf.reduce_prod(tf.shape(output)[weight.shape.rank : per_value]), tf.float32)
+        weight = weight * tf.math.divide_no_nan(spread, tf.reduce_sum(weight))
+    if callable(family) and weight.shape.rank > 1:
+        weight = tf.reduce_mean(weight, axis=list(range(1, weight.shape.rank)))
+    return weight

@@ -1,0 +1,50 @@
+"""Mathematics of Kronecker-product approximations of a Fisher block: TensorFlow only, no Keras, no variables."""
+
+from keras_kpsvd.linalg.damping import DAMPING_RULES, DampingRule, factor_damping
+from keras_kpsvd.linalg.gram import gram_triples, row_gram, weighted_outer_products
+from keras_kpsvd.linalg.kronecker import KroneckerSum, recompress
+from keras_kpsvd.linalg.lanczos import golub_kahan_lanczos
+from keras_kpsvd.linalg.rearrangement import RearrangedFisher, SubtractedTerm
+from keras_kpsvd.linalg.scaling import all_finite
+from keras_kpsvd.linalg.singular import cheapest_route, leading_triples, power_iteration
+from keras_kpsvd.linalg.solve import (
+    INDEFINITE_RULES,
+    IndefiniteRule,
+    apply_one_term,
+    apply_two_term,
+    damped_cholesky,
+    invert_one_term,
+    joint_eigenbasis,
+    two_term_denominators,
+)
+from keras_kpsvd.linalg.triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
+
+__all__ = [
+    "CONVERGED",
+    "DAMPING_RULES",
+    "INDEFINITE_RULES",
+    "NOT_CONVERGED",
+    "NOT_FINITE",
+    "DampingRule",
+    "IndefiniteRule",
+    "KroneckerSum",
+    "RearrangedFisher",
+    "SingularTriples",
+    "SubtractedTerm",
+    "all_finite",
+    "apply_one_term",
+    "apply_two_term",
+    "cheapest_route",
+    "damped_cholesky",
+    "factor_damping",
+    "golub_kahan_lanczos",
+    "gram_triples",
+    "invert_one_term",
+    "joint_eigenbasis",
+    "leading_triples",
+    "power_iteration",
+    "recompress",
+    "row_gram",
+    "two_term_denominators",
+    "weighted_outer_products",
+]

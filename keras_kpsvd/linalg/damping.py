@@ -1,0 +1,48 @@
+"""How a damping λ is split between the two factors of a Kronecker term."""
+
+from typing import Literal, get_args
+
+import tensorflow as tf
+
+from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan
+
+DampingRule = Literal["sqrt", "factor"]
+DAMPING_RULES: tuple[str, ...] = get_args(DampingRule)
+
+
+def factor_damping(
+    A: tf.Tensor, G: tf.Tensor, damping: float | tf.Tensor, rule: DampingRule = "sqrt"
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Splits the damping λ into `(λ_A, λ_G)`, to be added to the diagonals of `A` and `G`.
+
+    Rules:
+        "sqrt": `λ_A = π √λ`, `λ_G = √λ / π`, `π² = (tr A / d_in) / (tr G / d_out)` (Martens & Grosse 2015, section
+            6.3), so that `A_λ ⊗ G_λ` is about `A ⊗ G + λ I`, whatever the free scale `c A ⊗ G/c`. π = 1 when a trace is
+            not positive: a dead layer.
+        "factor": λ on each. Depends on how the scale is shared between the factors.
+
+    Args:
+        A: `[d_in, d_in]`.
+        G: `[d_out, d_out]`.
+        damping: λ, non-negative number or scalar tensor.
+        rule: "sqrt" or "factor".
+
+    Returns:
+        Two scalars in the dtype of `A`.
+
+    Raises:
+        ValueError: On an unknown rule.
+    """
+    if rule not in DAMPING_RULES:
+        raise ValueError(f"`damping_rule` must be 'sqrt' or 'factor'. Received: damping_rule={rule!r}")
+    damping = as_scalar(damping, A.dtype)
+    if rule == "factor":
+        return damping, damping
+    mean_a = tf.linalg.trace(A) / A.shape[-1]
+    mean_g = tf.linalg.trace(G) / G.shape[-1]
+    usable = (mean_a > 0) & (mean_g > 0)
+    one = tf.ones_like(mean_a)
+    # Roots before the quotient: the quotient of two traces may leave float32's range.
+    pi = tf.where(usable, divide_no_nan(tf.sqrt(tf.maximum(mean_a, 0)), tf.sqrt(tf.maximum(mean_g, 0))), one)
+    root = tf.sqrt(damping)
+    return pi * root, root / pi

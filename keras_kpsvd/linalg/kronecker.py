@@ -1,0 +1,246 @@
+"""Short sums of Kronecker products, used without ever forming them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from keras_kpsvd.linalg.damping import DampingRule, factor_damping
+from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan, safe_norm
+from keras_kpsvd.linalg.solve import (
+    IndefiniteRule,
+    apply_one_term,
+    apply_two_term,
+    invert_one_term,
+    joint_eigenbasis,
+    solve_skew_pair,
+)
+from keras_kpsvd.linalg.triples import epsilon, fix_signs, project
+
+KroneckerTerm = tuple[tf.Tensor, tf.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerSum:
+    """`Σ_k A_k ⊗ G_k`, `[d_in·d_out, d_in·d_out]`, acting on `vec(V)`, `V [d_in, d_out]` flattened row-major.
+
+    Attributes:
+        terms: List of `(A [d_in, d_in], G [d_out, d_out])`, at least one, all of one dtype. Factors are symmetric, or
+            both factors of a term skew.
+
+    Raises:
+        ValueError: If there are no terms or their shapes or dtypes differ.
+    """
+
+    terms: list[KroneckerTerm]
+
+    def __post_init__(self):
+        terms = [(tf.convert_to_tensor(A), tf.convert_to_tensor(G)) for A, G in self.terms]
+        if not terms:
+            raise ValueError("`terms` must hold at least one pair (A, G). Received none.")
+        shapes = [(tuple(A.shape), tuple(G.shape), A.dtype.name, G.dtype.name) for A, G in terms]
+        (left, right, *_), *_ = shapes
+        if len(set(shapes)) > 1 or len(left) != 2 or len(right) != 2 or left[0] != left[1] or right[0] != right[1]:
+            raise ValueError(
+                f"`terms` must be pairs of square matrices, of the same shapes and dtype. Received: {shapes}"
+            )
+        object.__setattr__(self, "terms", terms)
+
+    @property
+    def d_in(self) -> int:
+        """Size of the left factors."""
+        return self.terms[0][0].shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Size of the right factors."""
+        return self.terms[0][1].shape[0]
+
+    @property
+    def dtype(self) -> tf.DType:
+        """Dtype of the factors."""
+        return self.terms[0][0].dtype
+
+    def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
+        """The sum with the terms of both; see `recompress` to shorten it."""
+        return KroneckerSum([*self.terms, *other.terms])
+
+    def __mul__(self, factor: float | tf.Tensor) -> "KroneckerSum":
+        """The sum times a number, which goes to the left factors."""
+        factor = as_scalar(factor, self.dtype)
+        return KroneckerSum([(factor * A, G) for A, G in self.terms])
+
+    __rmul__ = __mul__
+
+    def to_dense(self) -> tf.Tensor:
+        """The matrix itself, `[d_in·d_out, d_in·d_out]`: small layers only."""
+        size = self.d_in * self.d_out
+        return tf.add_n([tf.reshape(tf.einsum("ij,op->iojp", A, G), [size, size]) for A, G in self.terms])
+
+    def matvec(self, V: tf.Tensor) -> tf.Tensor:
+        """`Σ_k A_k V G_kᵀ`, `[d_in, d_out]`: the matrix times `vec(V)`."""
+        return tf.add_n([tf.matmul(A, tf.matmul(V, G, transpose_b=True)) for A, G in self.terms])
+
+    def inner(self, other: "KroneckerSum") -> tf.Tensor:
+        """Frobenius inner product `Σ_{k,l} ⟨A_k, A'_l⟩ ⟨G_k, G'_l⟩`, a scalar."""
+        return tf.reduce_sum(_gram(self, other, 0) * _gram(self, other, 1))
+
+    def frobenius_norm(self) -> tf.Tensor:
+        """`‖Σ_k A_k ⊗ G_k‖_F`, a scalar, from orthonormal bases of the factors: accurate under cancellation too."""
+        _, _, core, unit = _orthogonal_form(self)
+        return safe_norm(core) * unit * unit
+
+    def solve(
+        self,
+        V: tf.Tensor,
+        damping: float | tf.Tensor,
+        damping_rule: DampingRule = "sqrt",
+        indefinite: IndefiniteRule = "reflect",
+    ) -> tf.Tensor:
+        """The damped inverse times `vec(V)`, for one or two terms.
+
+        The damping goes to the first term's factors: `(A₁ + λ_A I) ⊗ (G₁ + λ_G I) + A₂ ⊗ G₂`, λ_A and λ_G by
+        `factor_damping`. Where that sum is positive definite, the result is its exact inverse (with "reflect");
+        otherwise see `two_term_denominators`. The map is positive definite always.
+
+        Args:
+            V: `[d_in, d_out]`; cast to the terms' dtype.
+            damping: λ ≥ 0. Zero is fine when the first term's factors are positive definite.
+            damping_rule: "sqrt" or "factor".
+            indefinite: "reflect" (default) or "absolute".
+
+        Returns:
+            `[d_in, d_out]`.
+
+        Raises:
+            ValueError: With more than two terms (`recompress` them first), an unknown rule, factors of the second term
+                that are neither symmetric nor skew, or a skew second term with `indefinite="absolute"`. The
+                symmetry can only be examined eagerly; in graph mode factors are taken to be symmetric.
+        """
+        V = tf.cast(tf.convert_to_tensor(V), self.dtype)
+        A, G = self.terms[0]
+        lam_A, lam_G = factor_damping(A, G, damping, damping_rule)
+        if len(self.terms) == 1:
+            return apply_one_term(*invert_one_term(A, G, lam_A, lam_G), V)
+        if len(self.terms) > 2:
+            raise ValueError(
+                "`solve` takes one or two terms; `recompress(terms, 2)` gives the nearest sum of two. "
+                f"Received: {len(self.terms)} terms"
+            )
+        P, Q = self.terms[1]
+        if _is_skew_pair(P, Q):
+            if indefinite != "reflect":
+                raise ValueError(
+                    f"A skew second term needs `indefinite='reflect'`. Received: indefinite={indefinite!r}"
+                )
+            eye_in, eye_out = tf.eye(self.d_in, dtype=self.dtype), tf.eye(self.d_out, dtype=self.dtype)
+            return solve_skew_pair(A + lam_A * eye_in, G + lam_G * eye_out, P, Q, V)
+        return apply_two_term(*joint_eigenbasis(A, G, P, Q, lam_A, lam_G), V, indefinite=indefinite)
+
+
+def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> KroneckerSum:
+    """The nearest sum of k Kronecker products, in Frobenius norm, to a longer one.
+
+    `R(Σ A_i ⊗ G_i) = Σ vec(A_i) vec(G_i)ᵀ` has rank at most the number r of terms: Gram–Schmidt (twice) on either side
+    leaves an `r × r` matrix, whose SVD is that of the sum. No Gram matrix of the terms is factored, so small terms keep
+    their digits, and nothing is larger than the terms themselves.
+
+    For an average over time, `recompress(ρ · old + (1 − ρ) · new, k)` averages the matrices, not their factors, so that
+    the free scale and sign of terms cannot make them cancel.
+
+    Args:
+        terms: The sum, r terms; zero terms do no harm.
+        k: How many to keep. If r < k, zero terms fill up.
+
+    Returns:
+        k terms, largest first, both factors of a term with the same Frobenius norm `√σ`, orthogonal to those of other
+        terms; signs by `fix_signs`.
+    """
+    total = terms if isinstance(terms, KroneckerSum) else KroneckerSum(list(terms))
+    left_basis, right_basis, core, unit = _orthogonal_form(total)
+    count = min(k, len(total.terms))
+    finite = tf.reduce_all(tf.math.is_finite(core))
+    values, p, q = tf.linalg.svd(tf.where(finite, core, tf.zeros_like(core)))
+    values = tf.where(finite, values, tf.constant(float("nan"), values.dtype))
+    roots = unit * tf.sqrt(values)[:count, tf.newaxis, tf.newaxis]
+    left = tf.tensordot(p[:, :count], left_basis, [[0], [0]])
+    right = tf.tensordot(q[:, :count], right_basis, [[0], [0]])
+    # Combining symmetric matrices is symmetric up to rounding; which kind each one is follows from its own entries.
+    left, right = fix_signs(_cleaned(left), _cleaned(right))
+    pairs = list(zip(tf.unstack(roots * left), tf.unstack(roots * right), strict=True))
+    zero = (tf.zeros_like(total.terms[0][0]), tf.zeros_like(total.terms[0][1]))
+    return KroneckerSum(pairs + [zero] * (k - count))
+
+
+def _orthogonal_form(total: KroneckerSum) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Orthonormal `E [r, d_in, d_in]`, `H [r, d_out, d_out]`, core, unit: `R = unit² Σ core_ij vec(E_i) vec(H_j)ᵀ`."""
+    norms = [(safe_norm(A), safe_norm(G)) for A, G in total.terms]
+    roots = tf.stack([tf.sqrt(a) * tf.sqrt(g) for a, g in norms])
+    unit = tf.reduce_max(roots)
+    unit = tf.where(unit > 0, unit, tf.ones_like(unit))
+    weights = tf.square(roots / unit)
+    left, left_coefficients = _orthonormalised(
+        [divide_no_nan(A, norm) for (A, _), (norm, _) in zip(total.terms, norms, strict=True)]
+    )
+    right, right_coefficients = _orthonormalised(
+        [divide_no_nan(G, norm) for (_, G), (_, norm) in zip(total.terms, norms, strict=True)]
+    )
+    core = tf.matmul(left_coefficients * weights, right_coefficients, transpose_b=True)
+    return left, right, core, unit
+
+
+def _orthonormalised(matrices: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Basis `[r, d, d]`, coefficients `[r, r]`: `matrix_i = Σ_j coefficients[j, i] basis_j`; zeros where dependent."""
+    d, dtype = matrices[0].shape[0], matrices[0].dtype
+    count = len(matrices)
+    basis, columns = [], []
+    for matrix in matrices:
+        rest, column = matrix, tf.zeros([count], dtype)
+        for _ in range(2 if basis else 0):
+            parts = tf.stack([tf.reduce_sum(one * rest) for one in basis])
+            rest -= tf.add_n([part * one for part, one in zip(tf.unstack(parts), basis, strict=True)])
+            column += tf.pad(parts, [[0, count - len(basis)]])
+        length = safe_norm(rest)
+        # Inputs have unit norm: what is left of a dependent one is rounding, not a direction.
+        kept = tf.where(length > 8 * epsilon(dtype), length, tf.zeros_like(length))
+        basis.append(divide_no_nan(rest, kept))
+        columns.append(column + kept * tf.one_hot(len(columns), count, dtype=dtype))
+    return tf.reshape(tf.stack(basis), [count, d, d]), tf.stack(columns, axis=1)
+
+
+def _cleaned(matrices: tf.Tensor) -> tf.Tensor:
+    """Rounds `[k, d, d]` matrices that are symmetric or skew up to rounding to exactly that; others stay."""
+    symmetric, skew = project(matrices, "symmetric"), project(matrices, "skew")
+    size = safe_norm(matrices, axis=[1, 2], keepdims=True) * (64 * epsilon(matrices.dtype))
+    is_symmetric = safe_norm(skew, axis=[1, 2], keepdims=True) <= size
+    is_skew = safe_norm(symmetric, axis=[1, 2], keepdims=True) <= size
+    return tf.where(is_symmetric, symmetric, tf.where(is_skew, skew, matrices))
+
+
+def _gram(one: KroneckerSum, other: KroneckerSum, side: int) -> tf.Tensor:
+    rows = tf.reshape(tf.stack([term[side] for term in one.terms]), [len(one.terms), -1])
+    columns = tf.reshape(tf.stack([term[side] for term in other.terms]), [len(other.terms), -1])
+    return tf.matmul(rows, columns, transpose_b=True)
+
+
+def _is_skew_pair(P: tf.Tensor, Q: tf.Tensor) -> bool:
+    if not tf.executing_eagerly():
+        return False
+    tolerance = epsilon(P.dtype) ** 0.5
+    kinds = []
+    for factor in (P, Q):
+        size = tolerance * float(safe_norm(factor))
+        if not float(safe_norm(project(factor, "skew"))) > size:
+            kinds.append("symmetric")
+        elif not float(safe_norm(project(factor, "symmetric"))) > size:
+            kinds.append("skew")
+        else:
+            kinds.append("neither")
+    if kinds == ["skew", "skew"]:
+        return True
+    if kinds == ["symmetric", "symmetric"]:
+        return False
+    raise ValueError(
+        "The second term's factors must both be symmetric or both be skew: its sum with the first is not symmetric "
+        f"otherwise. Received: {kinds[0]} and {kinds[1]}"
+    )

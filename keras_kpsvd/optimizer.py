@@ -1,0 +1,401 @@
+"""`KPSVD`, the optimizer: it schedules, keeps state and calls down; the mathematics is in `curvature` and `linalg`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import keras
+import tensorflow as tf
+
+from keras_kpsvd import likelihoods
+from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive, is_number
+from keras_kpsvd.curvature.approximations import check_method
+from keras_kpsvd.curvature.samples import check_fisher, layer_samples, pass_heads, preactivation_gradients
+from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
+from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
+from keras_kpsvd.linalg import DampingRule, IndefiniteRule
+from keras_kpsvd.reporting import warn_of_layers, warn_when_run
+
+INITIAL_DAMPING = 0.1
+PLAIN_RATE = 0.01
+
+
+class _Proposal(NamedTuple):
+    """A step that was computed and not yet taken."""
+
+    gradients: list
+    step: StepCoefficients | None
+    control: tuple[tf.Tensor, ...] | None
+    finite: tf.Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_kpsvd")
+class KPSVD(keras.optimizers.SGD):
+    """Natural gradient with Kronecker-product-SVD approximations of the Fisher matrix.
+
+    Trains the weights of instrumented layers (`KPSVDDense`, …) by the gradient preconditioned with a damped Kronecker
+    approximation of each layer's Fisher block (Koroko et al. 2023, arXiv:2201.10285), all other variables by SGD with
+    momentum. Used as any Keras optimizer is: `model.compile(optimizer=KPSVD(), loss=…)`, then `fit`.
+
+    The curvature is that of the loss as compiled: its generalised Gauss–Newton matrix, `E[∇log p ∇log pᵀ]/c` for a loss that
+    Keras averages over `c` outputs. A unit step is Newton-like whatever the width of the output.
+
+    By default nothing has to be tuned: step length, momentum and damping are found from the exact quadratic model of the loss
+    in every step (`curvature.step_control`). With a number or schedule as `learning_rate` the step is the paper's: that rate
+    times the preconditioned gradient, shortened to the KL bound, through SGD's momentum.
+
+    The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the first
+    call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose gradient
+    holds NaN or Inf is skipped whole, with a RuntimeWarning: weights, momentum and curvature keep every bit. A layer whose
+    decomposition fails keeps its last good preconditioner, or takes a plain gradient step if it has none.
+
+    Args:
+        learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With "adaptive",
+            rate and momentum minimise the quadratic model along the preconditioned gradient and the previous step (Martens &
+            Grosse 2015, §7), and variables of other layers train at the rate 0.01 (`optimizer.learning_rate` sets it).
+        method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the second
+            term of the two-term methods is the best one with symmetric factors.
+        momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
+        nesterov: Nesterov's form of the momentum; not with the adaptive rate.
+        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.1 and follows how far the
+            quadratic model is right (`curvature.step_control`); a number > 0 holds it.
+        damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse 2015, §6.3);
+            "factor" adds λ to each. The same for every method.
+        kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2). None
+            switches it off. The adaptive rate needs no bound and applies none.
+        factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
+        curvature_interval: updates between refreshes of the factors (the paper's T_cov).
+        inverse_interval: updates between rebuilds of the preconditioners (T_inv).
+        fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over targets,
+            one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
+        likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose negative
+            log-density is the squared error) name it; or a callable from the model's output to a
+            `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
+        fisher_batch_size: rows of each batch used for the factors; None: all of them.
+        indefinite: what divides by `1 + x` where the second term makes the damped sum indefinite: "absolute" `1 + |x|`
+            everywhere, which never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
+        seed: of the drawn targets. None takes one from the state of Python's `random`, which `keras.utils.set_random_seed` sets,
+            without advancing it. Draws are stateless and disturb nobody else's random numbers.
+        name: of the optimizer.
+        **keras_optimizer_arguments: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
+            `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps`, as in every Keras optimizer.
+
+    Raises:
+        ValueError: an argument out of range, by name, when the object is made; in the first step a loss whose predictive
+            distribution is not known.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = "adaptive",
+        method: str = "kfac_corrected",
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        damping: float | str = "adaptive",
+        damping_rule: str = "sqrt",
+        kl_clip: float | None = 1e-2,
+        factor_decay: float = 0.95,
+        curvature_interval: int = 4,
+        inverse_interval: int = 8,
+        fisher: str = "sampled",
+        likelihood: str | Callable = "auto",
+        fisher_batch_size: int | None = None,
+        indefinite: str = "absolute",
+        seed: int | None = None,
+        name: str = "kpsvd",
+        **keras_optimizer_arguments: Any,
+    ):
+        check_method(method)
+        check_fisher(fisher)
+        likelihoods.check(likelihood)
+        check_choice("damping_rule", damping_rule, get_args(DampingRule))
+        check_choice("indefinite", indefinite, get_args(IndefiniteRule))
+        if damping != "adaptive":
+            check_positive("damping", damping, " or 'adaptive'")
+        if kl_clip is not None:
+            check_positive("kl_clip", kl_clip, " or None")
+        check_count("curvature_interval", curvature_interval)
+        check_count("inverse_interval", inverse_interval)
+        if fisher_batch_size is not None:
+            check_count("fisher_batch_size", fisher_batch_size)
+        check_fraction("factor_decay", factor_decay, one=False)
+        check_fraction("momentum", momentum, one=True)
+        adaptive = isinstance(learning_rate, str) and learning_rate == "adaptive"
+        if adaptive and nesterov:
+            raise ValueError(
+                "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
+                "leave it out, or give `learning_rate` a number."
+            )
+        if isinstance(learning_rate, str) and not adaptive:
+            raise ValueError(
+                f"`learning_rate` must be a number, a schedule, a callable or 'adaptive'. Received: {learning_rate!r}"
+            )
+        if is_number(learning_rate):
+            if not math.isfinite(learning_rate) or learning_rate < 0:
+                raise ValueError(
+                    f"`learning_rate` must be finite and not negative. Received: learning_rate={learning_rate!r}"
+                )
+            learning_rate = float(learning_rate)
+        super().__init__(
+            learning_rate=PLAIN_RATE if adaptive else learning_rate,
+            momentum=float(momentum),
+            nesterov=nesterov,
+            name=name,
+            **keras_optimizer_arguments,
+        )
+        self.adaptive = adaptive
+        self.method = method
+        self.damping = damping if damping == "adaptive" else float(damping)
+        self.damping_rule = damping_rule
+        self.kl_clip = None if kl_clip is None else float(kl_clip)
+        self.factor_decay = float(factor_decay)
+        self.curvature_interval = int(curvature_interval)
+        self.inverse_interval = int(inverse_interval)
+        self.fisher = fisher
+        self.likelihood = likelihood
+        self.fisher_batch_size = fisher_batch_size
+        self.indefinite = indefinite
+        self.seed = _draw_seed() if seed is None else int(seed)
+        self._recorder = Recorder(keep_loss=fisher == "empirical", persistent=adaptive or fisher == "exact")
+        self._blocks: tuple[LayerCurvature, ...] = ()
+        self._curved: frozenset = frozenset()
+        self._coefficients: StepCoefficients | None = None
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
+        if self.built:
+            return
+        super().build(variables)
+        self._follows = self.adaptive or self.damping == "adaptive"
+        if self._follows and not self.momentums:
+            self.momentums = self.add_optimizer_variables(variables, "momentum")
+        options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
+        self._updates, self._next_refresh, self._next_inverse = (
+            self.add_variable(shape=(), dtype="int64", name=name)
+            for name in ("updates", "next_refresh", "next_inverse")
+        )
+        start = INITIAL_DAMPING if self.damping == "adaptive" else self.damping
+        self._damping = self.add_variable(
+            shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
+        )
+        self._slope = self.add_variable(shape=(), dtype="float32", name="slope")
+        self._slope_averages = self.add_variable(shape=(2,), dtype="float32", name="slope_averages")
+        self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
+        self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
+        for block in self._blocks:
+            block.layer.attach(self._recorder)
+
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        """Ends the recording of the forward pass that made `loss`, then scales as Keras does."""
+        self._recorder.close(loss)
+        return super().scale_loss(loss)
+
+    def _apply_weight_decay(self, variables: list) -> None:
+        """Nothing here: weight decay is part of the step, which may be skipped whole; see `_backend_update_step`."""
+
+    def _backend_update_step(self, grads: list, trainable_variables: list, learning_rate: Any) -> None:
+        forward_pass = self._recorder.take()
+
+        def attempt() -> tf.Tensor:
+            proposal = self._propose(forward_pass, grads, trainable_variables, learning_rate)
+            return tf.cond(proposal.finite, lambda: take(proposal), lambda: skip("the preconditioned gradient"))
+
+        def take(proposal: _Proposal) -> tf.Tensor:
+            super(KPSVD, self)._apply_weight_decay(trainable_variables)
+            self._coefficients = proposal.step
+            super(KPSVD, self)._backend_update_step(proposal.gradients, trainable_variables, learning_rate)
+            if proposal.control is not None:
+                for variable, value in zip(
+                    (self._slope, self._damping, self._slope_averages), proposal.control, strict=True
+                ):
+                    variable.assign(value)
+            self._updates.assign_add(1)
+            return tf.constant(True)
+
+        def skip(what: str) -> tf.Tensor:
+            warn_when_run(
+                f"KPSVD skipped a step: {what} holds NaN or Inf. Weights, momentum and curvature are unchanged."
+            )
+            return tf.constant(False)
+
+        finite = tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in grads]))
+        tf.cond(finite, attempt, lambda: skip("the gradient"))
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """SGD's update; for instrumented layers under the adaptive rate the step that was fitted."""
+        if self._coefficients is None or self._var_key(variable) not in self._curved:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        velocity = self.momentums[self._get_variable_index(variable)]
+        rate, momentum = (tf.cast(value, variable.dtype) for value in self._coefficients)
+        step = momentum * tf.cast(velocity.value, variable.dtype) - rate * tf.cast(gradient, variable.dtype)
+        self.assign(velocity, step)
+        self.assign_add(variable, step)
+
+    def _propose(self, forward_pass: ForwardPass | None, grads: list, variables: list, learning_rate: Any) -> _Proposal:
+        """Refreshes what is due, then computes a step without taking it."""
+        position = {self._var_key(variable): index for index, variable in enumerate(variables)}
+        blocks = {
+            block: [position[self._var_key(variable)] for variable in block.layer.curvature_variables]
+            for block in self._blocks
+            if all(self._var_key(variable) in position for variable in block.layer.curvature_variables)
+        }
+        if not blocks:
+            return _Proposal(grads, None, None, tf.constant(True))
+        heads = None if forward_pass is None else pass_heads(forward_pass, self.likelihood)
+        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(self._iterations.value, tf.int64)])
+        seed = tf.cast(seed % (2**31 - 1), tf.int32)
+        self._refresh(forward_pass, heads, list(blocks), seed)
+        self._invert(list(blocks))
+
+        gradients = {
+            b.layer: b.layer.to_matrix([tf.convert_to_tensor(grads[i]) for i in at]) for b, at in blocks.items()
+        }
+        directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
+        descent = inner(directions, gradients)
+        finite = tf.math.is_finite(descent)
+        rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(self.momentum)
+        previous, overlap = None, tf.constant(0.0)
+        if self._follows:
+            previous = {
+                block.layer: block.layer.to_matrix(
+                    [self.momentums[self._get_variable_index(v)].value for v in block.layer.curvature_variables]
+                )
+                for block in blocks
+            }
+            overlap = inner(gradients, previous)
+        if self.adaptive and forward_pass is not None:
+            damping = tf.convert_to_tensor(self._damping.value)
+            quadratic = quadratic_model(forward_pass, heads, [directions, previous], damping, seed)
+            rate, momentum = fit_step(quadratic, tf.stack([descent, overlap]), self.momentum)
+        elif not self.adaptive and self.kl_clip is not None:
+            bound = tf.sqrt(tf.math.divide_no_nan(self.kl_clip, rate * rate * descent))
+            scale = tf.where(descent > 0, tf.minimum(1.0, bound), 1.0)
+            rate *= scale
+            if self.nesterov:  # Keras's own update takes the rate: the scale goes into the gradient.
+                directions = {
+                    layer: direction * tf.cast(scale, direction.dtype) for layer, direction in directions.items()
+                }
+        finite &= tf.math.is_finite(rate) & tf.math.is_finite(momentum)
+        control = None
+        if self.damping == "adaptive":
+            slope = momentum * overlap - rate * descent
+            control = (
+                slope,
+                *follow_damping(self._damping.value, self._slope_averages.value, self._slope.value, overlap),
+            )
+        results = list(grads)
+        for block, at in blocks.items():
+            for place, value in zip(at, block.layer.from_matrix(directions[block.layer]), strict=True):
+                results[place] = value
+        return _Proposal(results, None if self.nesterov else StepCoefficients(rate, momentum), control, finite)
+
+    def _refresh(
+        self,
+        forward_pass: ForwardPass | None,
+        heads: list[likelihoods.Head] | None,
+        blocks: list[LayerCurvature],
+        seed: tf.Tensor,
+    ) -> None:
+        """Draws samples and folds them into the factors, on updates where that is due; others compute nothing."""
+        if forward_pass is None:
+            return
+
+        def refresh() -> tf.Tensor:
+            gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
+            samples = layer_samples(forward_pass, gradients, self.fisher_batch_size)
+            present = [block for block in blocks if block.layer in samples]
+            results = [block.refresh(samples[block.layer]) for block in present]
+            _assign_last(
+                [variable for block in present for variable in block.refresh_targets],
+                [value for values, _ in results for value in values],
+            )
+            self._next_refresh.assign(self._updates.value + self.curvature_interval)
+            names = [block.layer.name for block in present]
+            warn_of_layers(names, [good for _, good in results], "its new curvature is not finite; the old one stays")
+            return tf.constant(True)
+
+        tf.cond(self._updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
+
+    def _invert(self, blocks: list[LayerCurvature]) -> None:
+        """Makes the preconditioners anew, on updates where that is due and once there is curvature."""
+
+        def invert() -> tf.Tensor:
+            damping = tf.convert_to_tensor(self._damping.value)
+            results = [block.invert(damping) for block in blocks]
+            _assign_last(
+                [variable for block in blocks for variable in block.preconditioner],
+                [value for values, _ in results for value in values],
+            )
+            self._next_inverse.assign(self._updates.value + self.inverse_interval)
+            names = [block.layer.name for block in blocks]
+            warn_of_layers(
+                names, [good for _, good in results], "its decomposition failed; the last good preconditioner stays"
+            )
+            return tf.constant(True)
+
+        due = (self._updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)
+        tf.cond(due, invert, lambda: tf.constant(False))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores the state, or raises and leaves the live state alone where it does not match variable for variable."""
+        expected = [tuple(variable.shape) for variable in self.variables]
+        received = [tuple(store[str(index)].shape) for index in range(len(store.keys()))]
+        if expected != received:
+            differing = next(
+                (i for i, (one, other) in enumerate(zip(expected, received, strict=False)) if one != other),
+                min(len(expected), len(received)),
+            )
+            raise ValueError(
+                f"The saved state does not belong to optimizer {self.name!r}: expected {len(expected)} variables, received "
+                f"{len(received)}, and the shapes differ at number {differing} first. Build it on the same model with the "
+                "same method and options. Nothing was changed."
+            )
+        super().load_own_variables(store)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, the seed in use included, so that a restored optimizer goes on with the same draws."""
+        config = super().get_config()
+        if self.adaptive:
+            config["learning_rate"] = "adaptive"
+        likelihood = self.likelihood
+        if callable(likelihood):
+            likelihood = keras.saving.serialize_keras_object(likelihood)
+        names = (
+            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval fisher "
+            "fisher_batch_size indefinite seed"
+        )
+        return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> KPSVD:
+        """The inverse of `get_config`."""
+        if isinstance(config.get("likelihood"), dict):
+            likelihood = keras.saving.deserialize_keras_object(config["likelihood"], custom_objects=custom_objects)
+            config = {**config, "likelihood": likelihood}
+        return super().from_config(config, custom_objects=custom_objects)
+
+
+def _assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
+    """Assigns only once every value is known: what raises on the way leaves all variables as they were."""
+    with tf.control_dependencies(values):
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+
+def _is_finite(gradient: Any) -> tf.Tensor:
+    return tf.reduce_all(tf.math.is_finite(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient))
+
+
+def _draw_seed() -> int:
+    """A seed from the state of Python's generator, which `keras.utils.set_random_seed` sets, without moving it on.
+
+    A model built after the optimizer thus starts from the weights it would have had without it.
+    """
+    generator = random.Random()
+    generator.setstate(random.getstate())
+    return generator.randrange(2**31)
