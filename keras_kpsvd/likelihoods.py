@@ -1,9 +1,9 @@
 """Predictive distributions: which density a compiled loss stands for, and its gradients at sampled or at all targets.
 
-A loss that Keras averages over outputs is a scaled negative log-likelihood, `loss = mean_n κ_n · (−log p(y_n | z_n))`; the
-curvature of that loss (its generalised Gauss–Newton matrix) is `E_n[κ_n E_y[∇log p ∇log pᵀ]]` (Martens 2020, §9). All
-gradients here therefore carry the factor `√κ_n`, so that the second moment of what they back-propagate to is the curvature of
-the loss as compiled, whatever its reduction. With `c` outputs averaged over, `κ = 1/c`.
+A loss that Keras averages over outputs is a scaled negative log-likelihood, `loss = mean_n κ_n · (−log p(y_n | z_n))`;
+the curvature of that loss (its generalised Gauss–Newton matrix) is `E_n[κ_n E_y[∇log p ∇log pᵀ]]` (Martens 2020, §9).
+All gradients here therefore carry the factor `√κ_n`, so that the second moment of what they back-propagate to is the
+curvature of the loss as compiled, whatever its reduction. With `c` outputs averaged over, `κ = 1/c`.
 
 `tensorflow_probability` takes seconds to import and is imported on first use.
 """
@@ -100,8 +100,8 @@ def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:
 def exact_cotangents(head: Head) -> tf.Tensor:
     """Cotangents `[k, batch, ...]` whose outer products sum to `κ E_y[∇log p ∇log pᵀ]`: no target is drawn.
 
-    For "bernoulli" and "normal" one for each output, `√(p(1−p)) e_i` and `√2 e_i`; for "categorical" one for each class at
-    each position, `√p_i (p − e_i)`.
+    For "bernoulli" and "normal" one for each output, `√(p(1−p)) e_i` and `√2 e_i`; for "categorical" one for each class
+    at each position, `√p_i (p − e_i)`.
 
     Raises:
         ValueError: more than `MAX_EXACT` outputs per example, or a callable likelihood.
@@ -111,11 +111,13 @@ def exact_cotangents(head: Head) -> tf.Tensor:
     if callable(head.family):
         raise ValueError(
             "`fisher`='exact' knows the expectation over targets of "
-            f"{', '.join(NAMES)} only; use fisher='sampled' with a callable likelihood. Received: likelihood={head.family!r}"
+            f"{', '.join(NAMES)} only; use fisher='sampled' with a callable likelihood. "
+            f"Received: likelihood={head.family!r}"
         )
     if width is None or width > MAX_EXACT:
         raise ValueError(
-            f"`fisher`='exact' sums over every output and is meant for at most {MAX_EXACT} of them; use fisher='sampled'. "
+            f"`fisher`='exact' sums over every output and is meant for at most {MAX_EXACT} of them; "
+            "use fisher='sampled'. "
             f"Received an output of shape {tuple(outputs.shape)}."
         )
     if head.family == "normal":
@@ -145,7 +147,8 @@ def exact_cotangents(head: Head) -> tf.Tensor:
 
 
 def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: int = 16) -> tf.Tensor:
-    """`E_n[κ_n t_iᵀ F_z t_j]` for changes `t` of the outputs, `F_z` the Fisher matrix of the predictive distribution at `z`.
+    """`E_n[κ_n t_iᵀ F_z t_j]` for changes `t` of the outputs, `F_z` the Fisher matrix of the predictive distribution at
+    `z`.
 
     Args:
         head: the output and its density.
@@ -201,8 +204,9 @@ def heads(
         outputs: what the model returned: a tensor or a nest of tensors.
         sample_weight: as the model's loss received it.
 
-    A named or callable likelihood holds for every output. Where the loss is not known (hand-written loops), it is taken to be
-    Keras's own: the mean over the batch of the mean over outputs; a callable's, the mean over the batch of `−log p`.
+    A named or callable likelihood holds for every output. Where the loss is not known (hand-written loops), it is taken
+    to be Keras's own: the mean over the batch of the mean over outputs; a callable's, the mean over the batch of `−log
+    p`.
 
     Raises:
         ValueError: the density can't be known; the message names `likelihood`.
@@ -264,7 +268,8 @@ def _compiled(model: keras.Model | None, flat: list, outputs: Any) -> tuple[list
     if len(losses) != len(flat) or len(weights) != len(flat):
         raise ValueError(
             "`likelihood`='auto' needs one loss for each output. "
-            f"Received {len(losses)} losses and {len(weights)} loss weights for {len(flat)} outputs: loss={model.loss!r}"
+            f"Received {len(losses)} losses and {len(weights)} loss weights for {len(flat)} outputs: "
+            f"loss={model.loss!r}"
         )
     return losses, weights
 

@@ -41,52 +41,56 @@ class KPSVD(keras.optimizers.SGD):
     approximation of each layer's Fisher block (Koroko et al. 2023, arXiv:2201.10285), all other variables by SGD with
     momentum. Used as any Keras optimizer is: `model.compile(optimizer=KPSVD(), loss=…)`, then `fit`.
 
-    The curvature is that of the loss as compiled: its generalised Gauss–Newton matrix, `E[∇log p ∇log pᵀ]/c` for a loss that
-    Keras averages over `c` outputs. A unit step is Newton-like whatever the width of the output.
+    The curvature is that of the loss as compiled: its generalised Gauss–Newton matrix, `E[∇log p ∇log pᵀ]/c` for a loss
+    that Keras averages over `c` outputs. A unit step is Newton-like whatever the width of the output.
 
-    By default nothing has to be tuned: step length, momentum and damping are found from the exact quadratic model of the loss
-    in every step (`curvature.step_control`). With a number or schedule as `learning_rate` the step is the paper's: that rate
-    times the preconditioned gradient, shortened to the KL bound, through SGD's momentum.
+    By default nothing has to be tuned: step length, momentum and damping are found from the exact quadratic model of
+    the loss in every step (`curvature.step_control`). With a number or schedule as `learning_rate` the step is the
+    paper's: that rate times the preconditioned gradient, shortened to the KL bound, through SGD's momentum.
 
-    The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the first
-    call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose gradient
-    holds NaN or Inf is skipped whole, with a RuntimeWarning: weights, momentum and curvature keep every bit. A layer whose
-    decomposition fails keeps its last good preconditioner, or takes a plain gradient step if it has none.
+    The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the
+    first call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose
+    gradient holds NaN or Inf is skipped whole, with a RuntimeWarning: weights, momentum and curvature keep every bit. A
+    layer whose decomposition fails keeps its last good preconditioner, or takes a plain gradient step if it has none.
 
     Args:
-        learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With "adaptive",
-            rate and momentum minimise the quadratic model along the preconditioned gradient and the previous step (Martens &
-            Grosse 2015, §7), and variables of other layers train at the rate 0.01 (`optimizer.learning_rate` sets it).
-        method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the second
-            term of the two-term methods is the best one with symmetric factors.
+        learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With
+            "adaptive", rate and momentum minimise the quadratic model along the preconditioned gradient and the
+            previous step (Martens & Grosse 2015, §7), and variables of other layers train at the rate 0.01
+            (`optimizer.learning_rate` sets it).
+        method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
+            second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.1 and follows how far the
-            quadratic model is right (`curvature.step_control`); a number > 0 holds it.
-        damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse 2015, §6.3);
-            "factor" adds λ to each. The same for every method.
-        kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2). None
-            switches it off. The adaptive rate needs no bound and applies none.
+        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.1 and follows how far
+            the quadratic model is right (`curvature.step_control`); a number > 0 holds it.
+        damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
+            2015, §6.3); "factor" adds λ to each. The same for every method.
+        kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).
+            None switches it off. The adaptive rate needs no bound and applies none.
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
         curvature_interval: updates between refreshes of the factors (the paper's T_cov).
         inverse_interval: updates between rebuilds of the preconditioners (T_inv).
-        fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over targets,
-            one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
-        likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose negative
-            log-density is the squared error) name it; or a callable from the model's output to a
+        fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
+            targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
+        likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
+            negative log-density is the squared error) name it; or a callable from the model's output to a
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
         fisher_batch_size: rows of each batch used for the factors; None: all of them.
         indefinite: what divides by `1 + x` where the second term makes the damped sum indefinite: "absolute" `1 + |x|`
-            everywhere, which never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
-        seed: of the drawn targets. None takes one from the state of Python's `random`, which `keras.utils.set_random_seed` sets,
-            without advancing it. Draws are stateless and disturb nobody else's random numbers.
+            everywhere, which never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|`
+            elsewhere.
+        seed: of the drawn targets. None takes one from the state of Python's `random`, which
+            `keras.utils.set_random_seed` sets, without advancing it. Draws are stateless and disturb nobody else's
+            random numbers.
         name: of the optimizer.
-        **keras_optimizer_arguments: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`, `ema_momentum`,
-            `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps`, as in every Keras optimizer.
+        **keras_optimizer_arguments: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
+            `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps`, as in every
+            Keras optimizer.
 
     Raises:
-        ValueError: an argument out of range, by name, when the object is made; in the first step a loss whose predictive
-            distribution is not known.
+        ValueError: an argument out of range, by name, when the object is made; in the first step a loss whose
+            predictive distribution is not known.
     """
 
     def __init__(
@@ -342,7 +346,9 @@ class KPSVD(keras.optimizers.SGD):
         tf.cond(due, invert, lambda: tf.constant(False))
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the state, or raises and leaves the live state alone where it does not match variable for variable."""
+        """Restores the state, or raises and leaves the live state alone where it does not match variable for
+        variable.
+        """
         expected = [tuple(variable.shape) for variable in self.variables]
         received = [tuple(store[str(index)].shape) for index in range(len(store.keys()))]
         if expected != received:
@@ -351,9 +357,9 @@ class KPSVD(keras.optimizers.SGD):
                 min(len(expected), len(received)),
             )
             raise ValueError(
-                f"The saved state does not belong to optimizer {self.name!r}: expected {len(expected)} variables, received "
-                f"{len(received)}, and the shapes differ at number {differing} first. Build it on the same model with the "
-                "same method and options. Nothing was changed."
+                f"The saved state does not belong to optimizer {self.name!r}: expected {len(expected)} variables, "
+                f"received {len(received)}, and the shapes differ at number {differing} first. Build it on the same "
+                "model with the same method and options. Nothing was changed."
             )
         super().load_own_variables(store)
 

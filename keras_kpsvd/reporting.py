@@ -1,4 +1,6 @@
-"""Warnings from inside a step, in graph mode as eagerly: they run on the host, in branches a healthy step never takes."""
+"""Warnings from inside a step, in graph mode as eagerly: they run on the host, in branches a healthy step never
+takes.
+"""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def approximate_terms(
         activations: `[batch, shared, d_in]`.
         gradients: `[batch, shared, d_out]`.
         method: one of `METHODS`.
-        symmetric: restrict the second term to symmetric factors, as training does; with several positions the best second
-            term can be a product of two skew-symmetric ones.
+        symmetric: restrict the second term to symmetric factors, as training does; with several positions the best
+            second term can be a product of two skew-symmetric ones.
         **iteration: `route`, `tolerance`, `max_steps` of `linalg.leading_triples`.
 
     Returns:
@@ -86,11 +86,12 @@ def approximate_fisher(activations: Any, gradients: Any, method: str = "kpsvd") 
     """A Kronecker approximation `Σ_k A_k ⊗ G_k` of one layer's Fisher block, converged to the dense optimum.
 
     Args:
-        activations: `ā`, `[batch, d_in]` or `[batch, shared, d_in]`, the bias column already appended if wanted. NumPy arrays or
-            tensors, float32 or float64; anything else is taken as float32.
+        activations: `ā`, `[batch, d_in]` or `[batch, shared, d_in]`, the bias column already appended if wanted. NumPy
+            arrays or tensors, float32 or float64; anything else is taken as float32.
         gradients: `g`, `[batch, d_out]` or `[batch, shared, d_out]`, per example, no `1/batch` in them.
-        method: "kfac" (`E[āāᵀ] ⊗ E[ggᵀ]`), "kpsvd" (the best one-term sum), "deflation" and "lanczos" (the best two-term sum,
-            one term after the other or both at once), "kfac_corrected" (KFAC's term and the best one for what it leaves).
+        method: "kfac" (`E[āāᵀ] ⊗ E[ggᵀ]`), "kpsvd" (the best one-term sum), "deflation" and "lanczos" (the best
+            two-term sum, one term after the other or both at once), "kfac_corrected" (KFAC's term and the best one for
+            what it leaves).
 
     Returns:
         `KroneckerSum`, largest term first for the SVD methods, KFAC's first for "kfac_corrected".

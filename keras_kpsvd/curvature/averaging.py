@@ -1,10 +1,10 @@
 """Moving averages of Kronecker approximations over refreshes.
 
-Factors of a term have a free scale (`c·A`, `G/c`) and, in a second term, a free sign, so averaging factors one by one would
-average something that means nothing. Here the sums themselves are averaged and recompressed: the best approximation with as
-many terms of `(1−w)·old + w·new` follows exactly from the small Gram matrix of Frobenius inner products of the terms in
-play, and depends on no sign and no scale. KFAC's own factors have a scale of their own (they are second moments) and are
-averaged as KFAC does, one by one.
+Factors of a term have a free scale (`c·A`, `G/c`) and, in a second term, a free sign, so averaging factors one by one
+would average something that means nothing. Here the sums themselves are averaged and recompressed: the best
+approximation with as many terms of `(1−w)·old + w·new` follows exactly from the small Gram matrix of Frobenius inner
+products of the terms in play, and depends on no sign and no scale. KFAC's own factors have a scale of their own (they
+are second moments) and are averaged as KFAC does, one by one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def average_terms(
         old: one or two pairs `(A, G)`: the base term, positive semi-definite, and a correction.
         new: as many.
         weight: `w`, scalar; 1 forgets `old`, whatever it holds.
-        factorwise: average the factors of the base term one by one, as KFAC does; otherwise the base term of the average is
-            the best single term of the averaged base terms, again positive semi-definite (Perron–Frobenius).
-        trace: the scale of the base: its first factor is scaled to this trace, the second inversely, so that a free scale is
-            fixed. None keeps the scale that came.
+        factorwise: average the factors of the base term one by one, as KFAC does; otherwise the base term of the
+            average is the best single term of the averaged base terms, again positive semi-definite (Perron–Frobenius).
+        trace: the scale of the base: its first factor is scaled to this trace, the second inversely, so that a free
+            scale is fixed. None keeps the scale that came.
 
     Returns:
         As many pairs. A correction is the best single term of the averaged sum less the averaged base.

@@ -38,8 +38,9 @@ def fisher_errors(
 ) -> dict[str, dict[str, FisherErrors]]:
     """The paper's error 1 and error 2 (Koroko et al. 2023, §5.1) of each method on each instrumented layer of a model.
 
-    Both compare with the Fisher block of the very samples that the approximation is made of, in float64. Error 1 needs no dense
-    matrix and is known for layers of any size; error 2 takes the eigenvalues of two matrices of `d_in·d_out` rows.
+    Both compare with the Fisher block of the very samples that the approximation is made of, in float64. Error 1 needs
+    no dense matrix and is known for layers of any size; error 2 takes the eigenvalues of two matrices of `d_in·d_out`
+    rows.
 
     Args:
         model: a compiled model, as for `fisher_samples`.
@@ -52,8 +53,8 @@ def fisher_errors(
         max_size: the largest `d_in·d_out` for which error 2 is computed; NaN beyond.
 
     Returns:
-        `{layer name: {method: FisherErrors}}`. A layer whose block is zero (a dead one) has errors 0 where the approximation
-        is zero too.
+        `{layer name: {method: FisherErrors}}`. A layer whose block is zero (a dead one) has errors 0 where the
+        approximation is zero too.
 
     Raises:
         ValueError: an unknown method, or whatever `fisher_samples` refuses.

@@ -34,13 +34,15 @@ def pass_heads(forward_pass: ForwardPass, likelihood: str | Callable) -> list[li
 def preactivation_gradients(
     forward_pass: ForwardPass, heads: list[likelihoods.Head], fisher: str, seed: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Per-example gradients `g` by each recorded pre-activation, scaled so that `E[vec(D_n) vec(D_n)ᵀ]` is the curvature.
+    """Per-example gradients `g` by each recorded pre-activation, scaled so that `E[vec(D_n) vec(D_n)ᵀ]` is the
+    curvature.
 
     Args:
         forward_pass: a closed pass.
         heads: its outputs.
-        fisher: "sampled": one backward pass at targets drawn from the predictive distribution; "exact": one for each output
-            or class, side by side along the batch and scaled by `√k`; "empirical": the gradients at the actual targets.
+        fisher: "sampled": one backward pass at targets drawn from the predictive distribution; "exact": one for each
+            output or class, side by side along the batch and scaled by `√k`; "empirical": the gradients at the actual
+            targets.
         seed: `[2]` integers for "sampled".
 
     Returns:
@@ -90,8 +92,8 @@ def layer_samples(
         rows: use the first so many examples only.
 
     Returns:
-        `{layer: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`; the calls of a layer stand side by
-        side along `shared`, so that their contributions to `D_n` add up.
+        `{layer: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`; the calls of a layer stand
+        side by side along `shared`, so that their contributions to `D_n` add up.
     """
     collected: dict[RecordingLayer, list[Samples]] = {}
     for record, gradient in zip(forward_pass.records, gradients, strict=True):
@@ -123,24 +125,26 @@ def fisher_samples(
 ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """Per-example activations and pre-activation gradients of every instrumented layer of a compiled model.
 
-    One forward pass in training mode; whatever it changes besides (moving averages, random states, metrics) is put back.
+    One forward pass in training mode; whatever it changes besides (moving averages, random states, metrics) is put
+    back.
 
     Args:
         model: a compiled model with instrumented layers, built or not.
         x: inputs as the model takes them.
-        y: targets. Given, the gradients are those at `y`, scaled so that the batch mean of `D_n = Σ_t ā_t g_tᵀ` is exactly
-            the gradient of the compiled loss (regularizers of the weights apart). Not given, targets are drawn from the
-            model's predictive distribution and the scale is such that `E[vec(D_n) vec(D_n)ᵀ]` is the curvature of the
-            compiled loss: its generalised Gauss–Newton matrix, for a loss that averages over `c` outputs `E[∇log p ∇log pᵀ]/c`.
+        y: targets. Given, the gradients are those at `y`, scaled so that the batch mean of `D_n = Σ_t ā_t g_tᵀ` is
+            exactly the gradient of the compiled loss (regularizers of the weights apart). Not given, targets are drawn
+            from the model's predictive distribution and the scale is such that `E[vec(D_n) vec(D_n)ᵀ]` is the curvature
+            of the compiled loss: its generalised Gauss–Newton matrix, for a loss that averages over `c` outputs `E[∇log
+            p ∇log pᵀ]/c`.
         seed: for the drawn targets; None draws afresh.
-        fisher: "sampled", or "exact" for the expectation over targets, which has `k` rows for each example, one for each
-            output or class. Of no meaning with `y`.
+        fisher: "sampled", or "exact" for the expectation over targets, which has `k` rows for each example, one for
+            each output or class. Of no meaning with `y`.
         likelihood: as in `KPSVD`.
 
     Returns:
-        `{layer name: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`, float32 (float64 for layers of
-        that dtype), bias column last. A layer called twice has its calls side by side along `shared`. Layers with the same
-        name are told apart by their paths.
+        `{layer name: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`, float32 (float64 for
+        layers of that dtype), bias column last. A layer called twice has its calls side by side along `shared`. Layers
+        with the same name are told apart by their paths.
 
     Raises:
         ValueError: the model is not compiled with a loss, holds no instrumented layer, or its density can't be known.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_kpsvd.curvature.approximations import TWO_TERM_METHODS, approximate_terms
+from keras_kpsvd.curvature.approximations import TWO_TERM_METHODS, Pair, approximate_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
 from keras_kpsvd.curvature.samples import Samples
 from keras_kpsvd.layers import RecordingLayer
@@ -84,23 +85,7 @@ class LayerCurvature:
             The next values of `refresh_targets`, the old ones where anything was not finite, and a scalar boolean.
         """
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
-        finite = all_finite(*samples)
-        # Decompositions raise on NaN in graph mode: they never see one.
-        activations, gradients = (tf.where(finite, value, tf.zeros_like(value)) for value in samples)
-        new = approximate_terms(activations, gradients, self.options.method, symmetric=True)
-        factorwise = self.options.method in ("kfac", "kfac_corrected")
-        trace = None
-        weight = average_weight(self.count.value, self.options.factor_decay)
-        if not factorwise:
-            # The free scale of an SVD term is fixed by KFAC's: tr A is the mean squared length of the activations.
-            batch = tf.cast(tf.maximum(tf.shape(activations)[0], 1), activations.dtype)
-            now = tf.reduce_sum(tf.square(activations)) / batch
-            trace = (1 - weight) * tf.linalg.trace(old[0][0]) + weight * now
-        averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-        flat_old, flat_new = _flatten(old), _flatten(averaged)
-        good = finite & all_finite(*flat_new)
-        values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
-        return [*values, self.count.value + tf.cast(good, tf.int64)], good
+        return _kernels(self.options).refresh(*samples, old, tf.convert_to_tensor(self.count))
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -111,29 +96,16 @@ class LayerCurvature:
         """The preconditioner of the current factors at `damping` (the paper's λ), and whether it is good.
 
         Returns:
-            The next values of `preconditioner`, the old ones where the decomposition failed or its result does not reproduce
-            a probe vector, and a scalar boolean. Without factors yet the old values are good.
+            The next values of `preconditioner`, the old ones where the decomposition failed or its result does not
+            reproduce a probe vector, and a scalar boolean. Without factors yet the old values are good.
         """
-        terms = [(tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors]
-        known = self.count.value > 0
-        (a, g) = terms[0]
-        lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), self.options.damping_rule)
-        # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
-        lam_a, lam_g = (tf.where(known, value, tf.ones_like(value)) for value in (lam_a, lam_g))
+        terms = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         old = [tf.convert_to_tensor(variable) for variable in self.preconditioner]
         try:
-            if self.two_term:
-                new = joint_eigenbasis(a, g, *terms[1], lam_a, lam_g)
-            else:
-                new = invert_one_term(a, g, lam_a, lam_g)
-        except (tf.errors.OpError, FloatingPointError):
-            # Eagerly a failed decomposition raises here; in a graph it returns NaN, or is refused by the probe.
+            return _kernels(self.options).invert(terms, old, tf.convert_to_tensor(self.count) > 0, damping)
+        except tf.errors.OpError:
+            # Eagerly a failed decomposition raises; in a graph it returns NaN or is refused by the probe.
             return old, tf.constant(False)
-        good = all_finite(*new)
-        for factor, lam, inverse in ((a, lam_a, new[0]), (g, lam_g, new[1])):
-            good &= _inverts(inverse, factor, lam, square=self.two_term)
-        values = [tf.where(known & good, now, before) for now, before in zip(new, old, strict=True)]
-        return values, good | ~known
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
@@ -142,6 +114,59 @@ class LayerCurvature:
         if self.two_term:
             return apply_two_term(*tensors, matrix, indefinite=self.options.indefinite)
         return apply_one_term(*tensors, matrix)
+
+
+class _Kernels(NamedTuple):
+    refresh: Callable
+    invert: Callable
+
+
+@functools.cache
+def _kernels(options: CurvatureOptions) -> _Kernels:
+    """The two computations as graph functions, traced once for each shape however often Keras traces a step."""
+    return _Kernels(
+        tf.function(functools.partial(_refresh, options), autograph=False),
+        tf.function(functools.partial(_invert, options), autograph=False),
+    )
+
+
+def _refresh(
+    options: CurvatureOptions, activations: tf.Tensor, gradients: tf.Tensor, old: tuple[Pair, ...], count: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    finite = all_finite(activations, gradients)
+    # Decompositions raise on NaN in graph mode: they never see one.
+    activations, gradients = (tf.where(finite, value, tf.zeros_like(value)) for value in (activations, gradients))
+    new = approximate_terms(activations, gradients, options.method, symmetric=True)
+    factorwise = options.method in ("kfac", "kfac_corrected")
+    trace = None
+    weight = average_weight(count, options.factor_decay)
+    if not factorwise:
+        # The free scale of an SVD term is fixed by KFAC's: tr A is the mean squared length of the activations.
+        batch = tf.cast(tf.maximum(tf.shape(activations)[0], 1), activations.dtype)
+        now = tf.reduce_sum(tf.square(activations)) / batch
+        part = tf.cast(weight, now.dtype)
+        trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * now
+    averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
+    flat_old, flat_new = _flatten(old), _flatten(averaged)
+    good = finite & all_finite(*flat_new)
+    values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
+    return [*values, count + tf.cast(good, count.dtype)], good
+
+
+def _invert(
+    options: CurvatureOptions, terms: tuple[Pair, ...], old: list[tf.Tensor], known: tf.Tensor, damping: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    a, g = terms[0]
+    lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), options.damping_rule)
+    # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
+    lam_a, lam_g = (tf.where(known, value, tf.ones_like(value)) for value in (lam_a, lam_g))
+    two_term = len(terms) == 2
+    new = joint_eigenbasis(a, g, *terms[1], lam_a, lam_g) if two_term else invert_one_term(a, g, lam_a, lam_g)
+    good = all_finite(*new)
+    for factor, lam, inverse in ((a, lam_a, new[0]), (g, lam_g, new[1])):
+        good &= _inverts(inverse, factor, lam, square=two_term)
+    values = [tf.where(known & good, now, before) for now, before in zip(new, old, strict=True)]
+    return values, good | ~known
 
 
 def _flatten(pairs: Any) -> list:

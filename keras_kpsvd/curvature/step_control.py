@@ -1,18 +1,19 @@
 """How far to step, and how much to damp.
 
 The step `δ = −αΔ + μδ₀`, of the preconditioned gradient `Δ` and the previous step `δ₀`, minimises the quadratic model
-`M(δ) = ∇ᵀδ + ½ δᵀ(F + λI)δ` (Martens & Grosse 2015, §6.4 and §7, eq. 12) with exact products of the whole model's Fisher, not
-of its Kronecker approximation, which overestimates a good step up to a hundredfold once λ is small.
+`M(δ) = ∇ᵀδ + ½ δᵀ(F + λI)δ` (Martens & Grosse 2015, §6.4 and §7, eq. 12) with exact products of the whole model's
+Fisher, not of its Kronecker approximation, which overestimates a good step up to a hundredfold once λ is small.
 
-`δᵀFδ = E_n[(J_nδ)ᵀ F_z (J_nδ)]`, with `F_z` the Fisher of the predictive distribution at the outputs. `J_nδ` needs no second
-forward pass: the gradients `g_l(u)` of the recorder's tape are linear in the cotangent `u`, so that `Jδ = ∇_u Σ_l ⟨g_l(u), ā_l δ_l⟩`.
-In a graph the values of `g_l` are never computed, and a direction costs two matrix products a layer.
+`δᵀFδ = E_n[(J_nδ)ᵀ F_z (J_nδ)]`, with `F_z` the Fisher of the predictive distribution at the outputs. `J_nδ` needs no
+second forward pass: the gradients `g_l(u)` of the recorder's tape are linear in the cotangent `u`, so that `Jδ = ∇_u
+Σ_l ⟨g_l(u), ā_l δ_l⟩`. In a graph the values of `g_l` are never computed, and a direction costs two matrix products a
+layer.
 
-λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, §6.5 of the same paper). The model says
-that `∇ᵀδ` vanishes at the step's end. `ρ = 1 − E[∇_{t+1}ᵀδ_t] / |E[∇_tᵀδ_t]|` with the next batch's gradient `∇_{t+1}` is 1 where that
-is so, less where steps overshoot: because the curvature was underestimated or, since the two batches are independent,
-because the step fitted the noise of its own batch. (The paper's own ratio is measured on the step's batch, cannot see
-noise, and takes one more forward pass.)
+λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, §6.5 of the same paper). The model
+says that `∇ᵀδ` vanishes at the step's end. `ρ = 1 − E[∇_{t+1}ᵀδ_t] / |E[∇_tᵀδ_t]|` with the next batch's gradient
+`∇_{t+1}` is 1 where that is so, less where steps overshoot: because the curvature was underestimated or, since the two
+batches are independent, because the step fitted the noise of its own batch. (The paper's own ratio is measured on the
+step's batch, cannot see noise, and takes one more forward pass.)
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def inner(one: dict[RecordingLayer, tf.Tensor], other: dict[RecordingLayer, tf.T
 
 
 def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -> StepCoefficients:
-    """Minimises `½ cᵀ M c + slopesᵀ c` over `c = (−rate, momentum)`, rate not negative, momentum in `[0, largest_momentum]`.
+    """Minimises `½ cᵀ M c + slopesᵀ c` over `c = (−rate, momentum)`, rate not negative, momentum in `[0,
+    largest_momentum]`.
 
     Args:
         quadratic: `M [2, 2]`, on the directions `Δ` and `δ₀`.

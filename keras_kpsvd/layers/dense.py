@@ -13,10 +13,10 @@ from keras_kpsvd.layers.recording import RecordingLayer
 class KPSVDDense(RecordingLayer, keras.layers.Dense):
     """`keras.layers.Dense` whose weights `keras_kpsvd.KPSVD` trains by natural gradient.
 
-    The arguments, the weights and the outputs are those of `keras.layers.Dense`; with any other optimizer it is that layer.
-    Inputs `[batch, ..., d]`: axes between the first and the last share the weights (time steps, say) and become the axis
-    `shared` of the samples. `jit_compile=True` is refused by Keras for models that hold one, since XLA has no fast
-    decompositions on the CPU and the optimizer compiles its own kernels.
+    The arguments, the weights and the outputs are those of `keras.layers.Dense`; with any other optimizer it is that
+    layer. Inputs `[batch, ..., d]`: axes between the first and the last share the weights (time steps, say) and become
+    the axis `shared` of the samples. `jit_compile=True` is refused by Keras for models that hold one, since XLA has no
+    fast decompositions on the CPU and the optimizer compiles its own kernels.
 
     A layer with LoRA or a quantized kernel computes as `Dense` does and trains by plain momentum.
 

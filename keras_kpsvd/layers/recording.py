@@ -1,9 +1,9 @@
 """Recording of one forward pass: what every instrumented layer received and what it made of it.
 
-An instrumented layer hands its inputs and its pre-activation to each `Recorder` attached to it. The recorder keeps them,
-with a gradient tape of its own on which the pre-activations are watched, until an optimizer takes the finished pass. Nothing
-is stored in variables, and nothing is recorded where no gradient can follow: outside training, while a model is built
-symbolically, or where no outer tape records.
+An instrumented layer hands its inputs and its pre-activation to each `Recorder` attached to it. The recorder keeps
+them, with a gradient tape of its own on which the pre-activations are watched, until an optimizer takes the finished
+pass. Nothing is stored in variables, and nothing is recorded where no gradient can follow: outside training, while a
+model is built symbolically, or where no outer tape records.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ class ForwardPass:
 class Recorder:
     """Collects forward passes of the layers it is attached to.
 
-    One pass is kept at a time. The next training-mode pass closes one that no optimizer took, so an abandoned pass leaves
-    neither a tape nor tensors behind. Each thread (under `tf.distribute`, each replica while tracing) has its own pass.
+    One pass is kept at a time. The next training-mode pass closes one that no optimizer took, so an abandoned pass
+    leaves neither a tape nor tensors behind. Each thread (under `tf.distribute`, each replica while tracing) has its
+    own pass.
 
     Args:
-        keep_loss: the loss itself is needed on the tape (for gradients at the actual targets), so that the tape stays open
-            until the loss is known. Otherwise it closes as soon as the model's outputs are.
+        keep_loss: the loss itself is needed on the tape (for gradients at the actual targets), so that the tape stays
+            open until the loss is known. Otherwise it closes as soon as the model's outputs are.
         persistent: the tape can be differentiated more than once.
         always: record even where no outer tape records.
     """
@@ -118,7 +119,8 @@ class Recorder:
                 return
             current = self._open(context, graph)
         if current.graph is not graph:
-            return  # Called inside a loop or branch: its tensors mean nothing outside, the layer trains by plain gradient.
+            # Called inside a loop or branch: its tensors mean nothing outside, the layer trains by plain gradient.
+            return
         current.tape.watch(preactivation)
         current.records.append(Record(layer, inputs, preactivation))
 
@@ -181,8 +183,9 @@ def _encloses(outer: tf.Graph | None, graph: tf.Graph | None) -> bool:
 def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss: bool) -> Callable[[], None]:
     """Lets the next `model.compute_loss` tell `forward_pass` the outputs and the sample weights; returns the undoing.
 
-    Stock `train_step` calls it right after the forward pass. It is the one public place where a model's outputs and sample
-    weights pass by, whatever layers end the model. The hook is an attribute of the instance and takes itself off when called.
+    Stock `train_step` calls it right after the forward pass. It is the one public place where a model's outputs and
+    sample weights pass by, whatever layers end the model. The hook is an attribute of the instance and takes itself off
+    when called.
     """
     before = model.__dict__.get("compute_loss")
 
@@ -215,8 +218,9 @@ def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss:
 class RecordingLayer:
     """Mixin of every instrumented layer: to whom it reports, and how it reduces to the one sample format.
 
-    A layer maps its calls to `activations [batch, shared, d_in]` and `gradients [batch, shared, d_out]`, and its weights to one
-    matrix `[d_in, d_out]` in the same order, the bias as its last row. Subclasses define the methods that raise here.
+    A layer maps its calls to `activations [batch, shared, d_in]` and `gradients [batch, shared, d_out]`, and its
+    weights to one matrix `[d_in, d_out]` in the same order, the bias as its last row. Subclasses define the methods
+    that raise here.
     """
 
     _recorders: tuple[weakref.ref, ...] = ()
@@ -280,7 +284,8 @@ def layers_of(variables: Iterable[keras.Variable]) -> list[RecordingLayer]:
     found = []
     for variable in given:
         layer = getattr(variable, "_kpsvd_layer", lambda: None)()
-        if layer is not None and layer.curvature_variables[0] is variable:
-            if all(id(other) in identities for other in layer.curvature_variables):
-                found.append(layer)
+        if layer is None or layer.curvature_variables[0] is not variable:
+            continue
+        if all(id(other) in identities for other in layer.curvature_variables):
+            found.append(layer)
     return found

@@ -116,8 +116,8 @@ def gram_triples(
 
     Returns:
         `SingularTriples` with symmetric factors, in the samples' dtype. Their residuals are measured in the
-        N-dimensional representation (through the Gram matrices, so not below 1e-8 or so), not with the factors as
-        rounded to the samples' dtype. Non-finite input gives zeros and the status `NOT_FINITE`.
+        N-dimensional representation, not with the factors as rounded to the samples' dtype. Non-finite input gives
+        zeros and the status `NOT_FINITE`.
 
     Not guaranteed: `σ` below about 1e-6 `σ₁` (float32), 1e-13 `σ₁` (float64 with short rows), 1e-8 `√N σ₁`
     (float64 with more than 44 features and half-vectorised rows longer than four times the batch) is not resolved, and
@@ -190,8 +190,8 @@ def gram_system(
 def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Values `[k]` in units of the system's scale, coefficients `[N+r, k]` of u and of v, residuals `[k, 2]`."""
     weights = system.weights
-    factor_left, gram_left = _row_factor(system.activation_rows, system.extra_left, dtype)
-    factor_right, gram_right = _row_factor(system.gradient_rows, system.extra_right, dtype)
+    factor_left = _row_factor(system.activation_rows, system.extra_left, dtype)
+    factor_right = _row_factor(system.gradient_rows, system.extra_right, dtype)
     core = tf.matmul(factor_left, tf.matmul(weights, factor_right), transpose_a=True)
     y, floor = _right_singular_vectors(core, k, dtype)
     moved = tf.matmul(core, y)
@@ -201,29 +201,28 @@ def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.T
     values = tf.where(values > floor * values[0], values, tf.zeros_like(values))
     alphas = divide_no_nan(tf.matmul(weights, tf.matmul(factor_right, y)), values)
     betas = divide_no_nan(tf.matmul(weights, tf.matmul(factor_left, x), transpose_a=True), values)
-    gram_alphas, gram_betas = tf.matmul(gram_left, alphas), tf.matmul(gram_right, betas)
-    left_error = tf.matmul(weights, gram_betas) - values * alphas
-    right_error = tf.matmul(weights, gram_alphas, transpose_a=True) - values * betas
-    residuals = [
-        tf.sqrt(tf.maximum(tf.reduce_sum(error * tf.matmul(gram, error), axis=0), 0))
-        for error, gram in ((left_error, gram_left), (right_error, gram_right))
-    ]
-    residuals = divide_no_nan(tf.stack(residuals, axis=1), values[0])
-    # The Rayleigh quotient of the vectors as they are: with it no term, however poor, adds to the error.
-    left_squares, right_squares = tf.reduce_sum(alphas * gram_alphas, 0), tf.reduce_sum(betas * gram_betas, 0)
-    lengths = tf.sqrt(tf.maximum(left_squares, 0)) * tf.sqrt(tf.maximum(right_squares, 0))
-    values = tf.maximum(divide_no_nan(tf.reduce_sum(gram_alphas * tf.matmul(weights, gram_betas), 0), lengths), 0)
+    # Norms and products of vectors through C, not through C Cᵀ: coefficients grow like 1/σ and cancel.
+    left, right = tf.matmul(factor_left, alphas, transpose_a=True), tf.matmul(factor_right, betas, transpose_a=True)
+    left_error = tf.matmul(core, right) - values * left
+    right_error = tf.matmul(core, left, transpose_a=True) - values * right
+    residuals = tf.stack([tf.norm(left_error, axis=0), tf.norm(right_error, axis=0)], axis=1)
+    residuals = divide_no_nan(residuals, values[0])
+    # The Rayleigh quotient of the vectors as they are: with it no term, however poor, adds to the error. One above the
+    # singular value itself tells of a small vector swamped by rounding along the first: that must not count twice.
+    lengths = tf.norm(left, axis=0) * tf.norm(right, axis=0)
+    quotients = divide_no_nan(tf.reduce_sum(left * tf.matmul(core, right), axis=0), lengths)
+    values = tf.clip_by_value(quotients, 0, values)
     return values, alphas, betas, residuals
 
 
-def _row_factor(rows: tf.Tensor, extra: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    """`C`, `[N+r, p]`, with `C Cᵀ` the rows' Gram matrix, and that matrix, float64."""
+def _row_factor(rows: tf.Tensor, extra: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`C`, `[N+r, p]`, with `C Cᵀ` the rows' Gram matrix, float64."""
     rows, extra = tf.cast(rows, tf.float64), tf.cast(extra, tf.float64)
     width = rows.shape[1] * (rows.shape[1] + 1) // 2
     gram = row_gram(rows, extra)
     squared = _eigen_factor if dtype == tf.float64 or extra.shape[0] else _jittered_cholesky
     if width > _LONGEST_INDEX:
-        return squared(gram), gram
+        return squared(gram)
     count = tf.shape(gram)[0] if gram.shape[0] is None else gram.shape[0]
 
     def exact():
@@ -239,7 +238,7 @@ def _row_factor(rows: tf.Tensor, extra: tf.Tensor, dtype: tf.DType) -> tuple[tf.
             (width <= _WIDEST_EXACT_ROW) | (width <= _LONGEST_EXACT_ROW * count), reduced, lambda: squared(gram)
         )
 
-    return _choose(width <= count, exact, longer), gram
+    return _choose(width <= count, exact, longer)
 
 
 def _choose(condition: bool | tf.Tensor, if_true, if_false) -> tf.Tensor:

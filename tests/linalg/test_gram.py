@@ -99,12 +99,13 @@ def test_second_triple_shares_the_decomposition():
     np.testing.assert_allclose(both.values[1], rest.values[0], rtol=1e-7)
 
 
-def test_products_of_small_variations_are_resolved_in_float64():
-    """σ₂ near 1e-8 σ₁, where a squared problem has only noise."""
+@pytest.mark.parametrize("count,d_in,d_out", [(5, 8, 5), (12, 9, 8), (64, 8, 6)])
+def test_second_values_near_rounding_do_not_raise_the_error_in_float64(count, d_in, d_out):
+    """Both sides hardly vary: σ₂ is near 1e-9 σ₁, where a squared problem has only noise."""
     rng = np.random.default_rng(0)
-    activations = 2 + 1e-4 * rng.standard_normal((5, 1, 8))
-    gradients = 1 + 1e-4 * rng.standard_normal((5, 1, 5))
-    assert cases.excess(activations, gradients, _gram(activations, gradients, 2).terms()) < 1e-13
+    activations = 2 + 1e-4 * rng.standard_normal((count, 1, d_in))
+    gradients = 1 + 1e-4 * rng.standard_normal((count, 1, d_out))
+    assert cases.excess(activations, gradients, _gram(activations, gradients, 2).terms()) < 2e-9
 
 
 @pytest.mark.parametrize("spoil", ["activations", "subtracted"])
