@@ -67,7 +67,7 @@ def approximate_terms(
     operator = RearrangedFisher(activations, gradients)
     if method == "kfac_corrected":
         base = kfac_factors(activations, gradients)
-        triples = leading_triples(operator.deflate(*base), 1, symmetric=symmetric, **iteration)
+        triples = leading_triples(operator.deflate_kfac(*base), 1, symmetric=symmetric, **iteration)
         return base, *_pairs(triples)
     if method == "deflation" and iteration.get("route") in ("power", "lanczos"):
         first = _pairs(leading_triples(operator, 1, symmetric=symmetric, **iteration))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -86,9 +87,9 @@ class KroneckerSum:
         return tf.reduce_sum(_gram(self, other, 0) * _gram(self, other, 1))
 
     def frobenius_norm(self) -> tf.Tensor:
-        """`‖Σ_k A_k ⊗ G_k‖_F`, a scalar, from orthonormal bases of the factors: accurate under cancellation too."""
-        _, _, core, unit = _orthogonal_form(self)
-        return safe_norm(core) * unit * unit
+        """`‖Σ_k A_k ⊗ G_k‖_F`, a scalar, down to `√eps` (float64's) of the terms under cancellation."""
+        form = _core_form(self)
+        return tf.cast(safe_norm(form.core), self.dtype) * form.unit * form.unit
 
     def solve(
         self,
@@ -141,9 +142,10 @@ class KroneckerSum:
 def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> KroneckerSum:
     """The nearest sum of k Kronecker products, in Frobenius norm, to a longer one.
 
-    `R(Σ A_i ⊗ G_i) = Σ vec(A_i) vec(G_i)ᵀ` has rank at most the number r of terms: Gram–Schmidt (twice) on either side
-    leaves an `r × r` matrix, whose SVD is that of the sum. No Gram matrix of the terms is factored, so small terms keep
-    their digits, and nothing is larger than the terms themselves.
+    `R(Σ A_i ⊗ G_i) = Σ vec(A_i) vec(G_i)ᵀ = XᵀY` has rank at most the number r of terms: with `XXᵀ = C Cᵀ` and
+    `YYᵀ = B Bᵀ`, both r × r, the singular values of the sum are those of `CᵀB = p diag(σ) qᵀ`, and its vectors the
+    combinations `Xᵀ B q / σ` and `Yᵀ C p / σ`. Nothing is larger than the terms themselves. The r × r part is done in
+    float64, so that terms down to `√eps` (1.5e-8) of the largest keep a direction of their own.
 
     For an average over time, `recompress(ρ · old + (1 − ρ) · new, k)` averages the matrices, not their factors, so that
     the free scale and sign of terms cannot make them cancel.
@@ -157,55 +159,64 @@ def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> Kroneck
         terms; signs by `fix_signs`.
     """
     total = terms if isinstance(terms, KroneckerSum) else KroneckerSum(list(terms))
-    left_basis, right_basis, core, unit = _orthogonal_form(total)
     count = min(k, len(total.terms))
-    finite = tf.reduce_all(tf.math.is_finite(core))
-    values, p, q = tf.linalg.svd(tf.where(finite, core, tf.zeros_like(core)))
+    form = _core_form(total)
+    finite = tf.reduce_all(tf.math.is_finite(form.core))
+    values, p, q = tf.linalg.svd(tf.where(finite, form.core, tf.zeros_like(form.core)))
+    values, p, q = values[:count], p[:, :count], q[:, :count]
+    left_mix = divide_no_nan(form.weights * tf.matmul(form.right_factor, q), values)
+    right_mix = divide_no_nan(form.weights * tf.matmul(form.left_factor, p), values)
     values = tf.where(finite, values, tf.constant(float("nan"), values.dtype))
-    roots = unit * tf.sqrt(values)[:count, tf.newaxis, tf.newaxis]
-    left = tf.tensordot(p[:, :count], left_basis, [[0], [0]])
-    right = tf.tensordot(q[:, :count], right_basis, [[0], [0]])
+    roots = form.unit * tf.cast(tf.sqrt(values), total.dtype)[:, tf.newaxis, tf.newaxis]
     # Combining symmetric matrices is symmetric up to rounding; which kind each one is follows from its own entries.
-    left, right = fix_signs(_cleaned(left), _cleaned(right))
-    pairs = list(zip(tf.unstack(roots * left), tf.unstack(roots * right), strict=True))
+    lefts, rights = fix_signs(_cleaned(_mixed(form.left, left_mix)), _cleaned(_mixed(form.right, right_mix)))
+    pairs = list(zip(tf.unstack(roots * lefts), tf.unstack(roots * rights), strict=True))
     zero = (tf.zeros_like(total.terms[0][0]), tf.zeros_like(total.terms[0][1]))
     return KroneckerSum(pairs + [zero] * (k - count))
 
 
-def _orthogonal_form(total: KroneckerSum) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Orthonormal `E [r, d_in, d_in]`, `H [r, d_out, d_out]`, core, unit: `R = unit² Σ core_ij vec(E_i) vec(H_j)ᵀ`."""
-    norms = [(safe_norm(A), safe_norm(G)) for A, G in total.terms]
-    roots = tf.stack([tf.sqrt(a) * tf.sqrt(g) for a, g in norms])
-    unit = tf.reduce_max(roots)
+class _CoreForm(NamedTuple):
+    """`R = unit² Xᵀ diag(weights) Y`, whose singular values are those of `unit² core`, `core = Cᵀ diag(weights) B`."""
+
+    left: tf.Tensor  # X [r, d_in²], rows of unit norm
+    right: tf.Tensor  # Y [r, d_out²]
+    left_factor: tf.Tensor  # C [r, r], float64, XXᵀ = C Cᵀ
+    right_factor: tf.Tensor  # B
+    weights: tf.Tensor  # [r, 1], float64, at most 1
+    core: tf.Tensor  # [r, r], float64
+    unit: tf.Tensor
+
+
+def _core_form(total: KroneckerSum) -> _CoreForm:
+    (left, left_factor, left_norms), (right, right_factor, right_norms) = (_unit_rows(total, side) for side in (0, 1))
+    # Relative to the largest, so that no product leaves the range of the dtype.
+    unit = tf.reduce_max(tf.sqrt(left_norms) * tf.sqrt(right_norms))
     unit = tf.where(unit > 0, unit, tf.ones_like(unit))
-    weights = tf.square(roots / unit)
-    left, left_coefficients = _orthonormalised(
-        [divide_no_nan(A, norm) for (A, _), (norm, _) in zip(total.terms, norms, strict=True)]
-    )
-    right, right_coefficients = _orthonormalised(
-        [divide_no_nan(G, norm) for (_, G), (_, norm) in zip(total.terms, norms, strict=True)]
-    )
-    core = tf.matmul(left_coefficients * weights, right_coefficients, transpose_b=True)
-    return left, right, core, unit
+    weights = tf.cast(left_norms / unit * (right_norms / unit), tf.float64)[:, tf.newaxis]
+    core = tf.matmul(left_factor, weights * right_factor, transpose_a=True)
+    return _CoreForm(left, right, left_factor, right_factor, weights, core, unit)
 
 
-def _orthonormalised(matrices: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Basis `[r, d, d]`, coefficients `[r, r]`: `matrix_i = Σ_j coefficients[j, i] basis_j`; zeros where dependent."""
-    d, dtype = matrices[0].shape[0], matrices[0].dtype
-    count = len(matrices)
-    basis, columns = [], []
-    for matrix in matrices:
-        rest, column = matrix, tf.zeros([count], dtype)
-        for _ in range(2 if basis else 0):
-            parts = tf.stack([tf.reduce_sum(one * rest) for one in basis])
-            rest -= tf.add_n([part * one for part, one in zip(tf.unstack(parts), basis, strict=True)])
-            column += tf.pad(parts, [[0, count - len(basis)]])
-        length = safe_norm(rest)
-        # Inputs have unit norm: what is left of a dependent one is rounding, not a direction.
-        kept = tf.where(length > 8 * epsilon(dtype), length, tf.zeros_like(length))
-        basis.append(divide_no_nan(rest, kept))
-        columns.append(column + kept * tf.one_hot(len(columns), count, dtype=dtype))
-    return tf.reshape(tf.stack(basis), [count, d, d]), tf.stack(columns, axis=1)
+def _unit_rows(total: KroneckerSum, side: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """One side's factors at unit norm as rows `X [r, d²]`, `C [r, r]` (float64) with `XXᵀ = C Cᵀ`, and their norms
+    `[r]`.
+    """
+    factors = tf.stack([term[side] for term in total.terms])
+    norms = safe_norm(factors, axis=[1, 2])
+    rows = tf.reshape(divide_no_nan(factors, norms[:, tf.newaxis, tf.newaxis]), [len(total.terms), -1])
+    precise = tf.cast(rows, tf.float64)
+    gram = tf.matmul(precise, precise, transpose_b=True)
+    # eigh raises on NaN; the core turns NaN through the norms all the same.
+    gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.zeros_like(gram))
+    eigenvalues, vectors = tf.linalg.eigh(gram)
+    return rows, vectors * tf.sqrt(tf.maximum(eigenvalues, 0)), norms
+
+
+def _mixed(rows: tf.Tensor, mix: tf.Tensor) -> tf.Tensor:
+    """Unit-norm combinations `[k, d, d]` of rows `[r, d²]` with weights `[r, k]`; zero where nothing is left."""
+    size = round(rows.shape[1] ** 0.5)
+    combined = tf.reshape(tf.matmul(tf.cast(mix, rows.dtype), rows, transpose_a=True), [-1, size, size])
+    return divide_no_nan(combined, safe_norm(combined, axis=[1, 2], keepdims=True))
 
 
 def _cleaned(matrices: tf.Tensor) -> tf.Tensor:
