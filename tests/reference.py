@@ -88,3 +88,82 @@ def matrix_of(linear_map, d_in, d_out):
     """The matrix of a linear map of `[d_in, d_out]` matrices, column by column."""
     columns = [np.asarray(linear_map(unit.reshape(d_in, d_out))).reshape(-1) for unit in np.eye(d_in * d_out)]
     return np.stack(columns, axis=1)
+
+
+def forward(matrices, x):
+    """A tanh network with a linear output, biases as last rows: inputs `ā` of each layer, and the outputs."""
+    inputs, hidden = [], np.asarray(x, np.float64)
+    for number, matrix in enumerate(matrices, 1):
+        inputs.append(np.concatenate([hidden, np.ones((len(hidden), 1))], axis=1))
+        hidden = inputs[-1] @ matrix
+        if number < len(matrices):
+            hidden = np.tanh(hidden)
+    return inputs, hidden
+
+
+def output_jacobians(matrices, x):
+    """`∂z/∂s` of each layer of the same network, `[N, outputs, d_out]`."""
+    inputs, outputs = forward(matrices, x)
+    count, width = outputs.shape
+    back, jacobians = np.broadcast_to(np.eye(width), (count, width, width)), []
+    for activations, matrix in zip(reversed(inputs), reversed(matrices), strict=True):
+        jacobians.insert(0, back)
+        back = (back @ matrix[:-1].T) * (1 - activations[:, :-1] ** 2)[:, None]
+    return jacobians
+
+
+def squared_error_gradients(matrices, x, y):
+    """Gradient of the mean squared error by each weight matrix."""
+    inputs, outputs = forward(matrices, x)
+    slopes = 2 * (outputs - y) / outputs.size
+    jacobians = output_jacobians(matrices, x)
+    return [np.einsum("ni,nco,nc->io", a, j, slopes) for a, j in zip(inputs, jacobians, strict=True)]
+
+
+def squared_error_samples(matrices, x):
+    """`(ā, g)` of each layer whose second moment is the Gauss–Newton block of the mean squared error."""
+    inputs, outputs = forward(matrices, x)
+    width = outputs.shape[1]
+    # The Hessian by the outputs is 2/width; a mean over N·width rows takes the factor √width to become a sum over outputs.
+    scale = np.sqrt(2 / width) * np.sqrt(width)
+    return [
+        (np.repeat(a, width, axis=0), scale * j.reshape(-1, j.shape[-1]))
+        for a, j in zip(inputs, output_jacobians(matrices, x), strict=True)
+    ]
+
+
+def squared_error_gauss_newton(matrices, x):
+    """The whole dense matrix `Jᵀ H J` over all weights, layer after layer, each flattened row-major."""
+    inputs, outputs = forward(matrices, x)
+    count, width = outputs.shape
+    blocks = [
+        np.einsum("ni,nco->ncio", a, j).reshape(count * width, -1)
+        for a, j in zip(inputs, output_jacobians(matrices, x), strict=True)
+    ]
+    jacobian = np.concatenate(blocks, axis=1)
+    return jacobian.T @ jacobian * 2 / (count * width)
+
+
+def method_terms(activations, gradients, method):
+    """The terms of one of the five methods by dense SVD; SVD methods with KFAC's `tr A` in their first term."""
+    base = kfac_factors(activations, gradients)
+    matrix, sizes = fisher(activations, gradients), (len(base[0]), len(base[1]))
+    if method == "kfac":
+        return [base]
+    if method == "kfac_corrected":
+        return [base, *best_terms(matrix - kronecker_sum([base]), *sizes, 1)]
+    (left, right), *others = best_terms(matrix, *sizes, 1 if method == "kpsvd" else 2)
+    scale = np.trace(base[0]) / np.trace(left)
+    return [(left * scale, right / scale), *others]
+
+
+def rule_solve(terms, matrix, damping, rule="sqrt", indefinite="absolute"):
+    """`B^{-1/2} φ(B^{-1/2} C B^{-1/2})^{-1} B^{-1/2}` times `vec(matrix)`, dense: `B` the damped first term, `C` the second."""
+    base = damped_sum(terms[:1], damping, rule)
+    values, vectors = np.linalg.eigh(base)
+    root = (vectors / np.sqrt(values)) @ vectors.T
+    rest = kronecker_sum(terms[1:]) if len(terms) > 1 else np.zeros_like(base)
+    x, basis = np.linalg.eigh(root @ rest @ root)
+    divisor = 1 + np.abs(x) if indefinite == "absolute" else np.where(1 + x > 0, 1 + x, 1 + np.abs(x))
+    inverse = root @ (basis / divisor) @ basis.T @ root
+    return (inverse @ np.asarray(matrix, np.float64).reshape(-1)).reshape(matrix.shape)

@@ -163,6 +163,8 @@ def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> Kroneck
     form = _core_form(total)
     finite = tf.reduce_all(tf.math.is_finite(form.core))
     values, p, q = tf.linalg.svd(tf.where(finite, form.core, tf.zeros_like(form.core)))
+    # Below √eps of the largest a value is the rounding of the two Gram matrices, and its vectors mean nothing.
+    values = tf.where(values > 2 * epsilon(tf.float64) ** 0.5 * values[0], values, tf.zeros_like(values))
     values, p, q = values[:count], p[:, :count], q[:, :count]
     left_mix = divide_no_nan(form.weights * tf.matmul(form.right_factor, q), values)
     right_mix = divide_no_nan(form.weights * tf.matmul(form.left_factor, p), values)

@@ -1,0 +1,287 @@
+"""Steps of `KPSVD` against float64 NumPy oracles that know nothing of the package."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature.approximations import METHODS, TWO_TERM_METHODS
+from tests import reference
+from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
+
+DAMPING = 2.0**-7
+EVERY_STEP = {"curvature_interval": 1, "inverse_interval": 1, "factor_decay": 0.0}
+# The step in its plainest form: one rate, no momentum, no bound, no draws.
+PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": DAMPING, "kl_clip": None, "fisher": "exact"}
+
+
+def _directions(weights, x, y, method="kfac", damping=DAMPING, rule="sqrt", indefinite="absolute"):
+    gradients = reference.squared_error_gradients(weights, x, y)
+    samples = reference.squared_error_samples(weights, x)
+    steps = [
+        reference.rule_solve(reference.method_terms(*sample, method), gradient, damping, rule, indefinite)
+        for sample, gradient in zip(samples, gradients, strict=True)
+    ]
+    return gradients, steps
+
+
+def _assert_close(actual, expected, start, tolerance):
+    """Errors measured against the step, not against the weights."""
+    for now, wanted, before in zip(actual, expected, start, strict=True):
+        assert np.linalg.norm(now - wanted) <= tolerance * np.linalg.norm(wanted - before)
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "factor"])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_is_the_damped_solve_with_the_exact_fisher(method, rule):
+    rules = ("absolute", "reflect") if method in TWO_TERM_METHODS else ("absolute",)
+    x, y = problem()
+    for indefinite in rules:
+        model = compiled(tanh_network(), KPSVD(method=method, damping_rule=rule, indefinite=indefinite, **PLAIN))
+        start = matrices(model)
+        _, steps = _directions(start, x, y, method, rule=rule, indefinite=indefinite)
+        model.train_on_batch(x, y)
+        _assert_close(matrices(model), [w - 0.25 * d for w, d in zip(start, steps, strict=True)], start, 1e-6)
+
+
+def test_the_rules_for_indefinite_sums_differ_on_this_problem():
+    """Otherwise the test above would not tell them apart."""
+    x, y = problem()
+    start = matrices(tanh_network())
+    for method in TWO_TERM_METHODS:
+        one, other = (_directions(start, x, y, method, indefinite=rule)[1] for rule in ("absolute", "reflect"))
+        assert all(np.linalg.norm(a - b) > 1e-3 * np.linalg.norm(a) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("learning_rate", [1.0, "adaptive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_on_kronecker_exact_curvature_one_undamped_step_is_newtons(method, learning_rate):
+    """One linear layer and squared error: `F = E[āāᵀ] ⊗ I·2/c` exactly, and Newton's step ends at the least squares fit."""
+    x, y = problem(rows=20, sizes=(4, 2))
+    model = tanh_network((4, 2))
+    compiled(model, KPSVD(**{**PLAIN, "learning_rate": learning_rate, "damping": 1e-12}, method=method))
+    start = matrices(model)
+    model.train_on_batch(x, y)
+    best = np.linalg.lstsq(np.concatenate([x, np.ones((20, 1))], 1), y, rcond=None)[0]
+    _assert_close(matrices(model), [best], start, 1e-5)
+
+
+def test_a_loss_and_a_damping_multiplied_alike_leave_the_step_unchanged():
+    x, y = problem()
+    results = []
+    for scale in (1.0, 8.0):
+        model = compiled(tanh_network(), KPSVD(**{**PLAIN, "damping": DAMPING * scale}), loss_weights=[scale])
+        start = matrices(model)
+        model.train_on_batch(x, y)
+        results.append(matrices(model))
+    _assert_close(*results, start, 1e-9)
+
+
+@pytest.mark.parametrize("form", ["plain", "momentum", "nesterov"])
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+def test_kl_bound_and_momentum_follow_their_formulas(form, kl_clip):
+    momentum, nesterov = {"plain": (0.0, False), "momentum": (0.75, False), "nesterov": (0.75, True)}[form]
+    options = {**PLAIN, "momentum": momentum, "nesterov": nesterov, "kl_clip": kl_clip}
+    model = compiled(tanh_network(), KPSVD(method="kfac", **options, **EVERY_STEP))
+    weights = matrices(model)
+    velocity = [np.zeros_like(w) for w in weights]
+    bounded = []
+    for number in range(3):
+        x, y = problem(seed=number)
+        gradients, steps = _directions(weights, x, y)
+        rate = 0.25
+        if kl_clip is not None:
+            quadratic = sum(np.sum(g * d) for g, d in zip(gradients, steps, strict=True))
+            bounded.append(rate**2 * quadratic > kl_clip)
+            rate *= min(1.0, np.sqrt(kl_clip / (rate**2 * quadratic)))
+        start = weights
+        velocity = [momentum * v - rate * d for v, d in zip(velocity, steps, strict=True)]
+        moves = [momentum * v - rate * d for v, d in zip(velocity, steps, strict=True)] if nesterov else velocity
+        weights = [w + m for w, m in zip(weights, moves, strict=True)]
+        model.train_on_batch(x, y)
+        _assert_close(matrices(model), weights, start, 1e-5)
+    assert kl_clip is None or all(bounded)
+
+
+def test_factors_and_inverses_age_by_their_own_intervals():
+    """KFAC's averages, with the bias correction, and preconditioners made of them only when due."""
+    every, inverse_every, decay = 2, 3, 0.5
+    options = {"curvature_interval": every, "inverse_interval": inverse_every, "factor_decay": decay}
+    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, **options))
+    weights = matrices(model)
+    sums, total, used = None, 0.0, None
+    for number in range(7):
+        x, y = problem(seed=number)
+        if number % every == 0:
+            new = [reference.kfac_factors(*sample) for sample in reference.squared_error_samples(weights, x)]
+            old = sums or [(0, 0)] * len(new)
+            sums = [(decay * a + c, decay * g + d) for (a, g), (c, d) in zip(old, new, strict=True)]
+            total = decay * total + 1
+        if number % inverse_every == 0:
+            used = [(a / total, g / total) for a, g in sums]
+        gradients = reference.squared_error_gradients(weights, x, y)
+        start = weights
+        weights = [
+            w - 0.25 * reference.rule_solve([pair], gradient, DAMPING)
+            for w, pair, gradient in zip(weights, used, gradients, strict=True)
+        ]
+        model.train_on_batch(x, y)
+        _assert_close(matrices(model), weights, start, 1e-5)
+
+
+@pytest.mark.parametrize("damping", ["adaptive", DAMPING])
+def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slopes(damping):
+    model = compiled(tanh_network(), KPSVD(method="kfac", damping=damping, fisher="exact", **EVERY_STEP))
+    weights = matrices(model)
+    step = np.zeros(sum(w.size for w in weights))
+    expected_damping, slope, averages = 0.1 if damping == "adaptive" else damping, 0.0, np.zeros(2)
+    rates, momenta, factors = [], [], []
+    for number in range(8):
+        x, y = problem(rows=6, seed=number % 3)
+        gradients, directions = _directions(weights, x, y, damping=expected_damping)
+        gradient, direction = (np.concatenate([m.reshape(-1) for m in parts]) for parts in (gradients, directions))
+        matrix = reference.squared_error_gauss_newton(weights, x) + expected_damping * np.eye(gradient.size)
+        basis = np.stack([-direction, step], 1)
+        rate, momentum = np.linalg.lstsq(basis.T @ matrix @ basis, -basis.T @ gradient, rcond=None)[0]
+        if not 0 <= momentum <= 0.9:
+            momentum = np.clip(momentum, 0, 0.9)
+            rate = (gradient + matrix @ step * momentum) @ direction / (direction @ matrix @ direction)
+        after = gradient @ step
+        step = basis @ [rate, momentum]
+        if damping == "adaptive":  # The ratio of slopes averaged over some ten steps, and 5 % at most.
+            averages = 0.9 * averages + 0.1 * np.array([slope, after])
+            ratio = 1 + averages[1] / averages[0] if averages[0] < 0 else 0.5
+            factor = 0.95 if ratio > 0.75 else 1 / 0.95 if ratio < 0.25 else 1.0
+            expected_damping *= factor
+            factors.append(factor)
+        slope = gradient @ step
+        start, ends = weights, np.cumsum([w.size for w in weights])[:-1]
+        weights = [w + part.reshape(w.shape) for w, part in zip(weights, np.split(step, ends), strict=True)]
+        model.train_on_batch(x, y)
+        _assert_close(matrices(model), weights, start, 1e-4)
+        np.testing.assert_allclose(variable(model.optimizer, "damping"), expected_damping, rtol=1e-6)
+        rates.append(rate)
+        momenta.append(momentum)
+        weights = matrices(model)  # Rounding would add up over the steps.
+    assert max(momenta) > 0.1 and min(rates) > 0
+    assert damping != "adaptive" or len(set(factors)) > 1
+
+
+def test_the_step_does_not_depend_on_how_it_is_run():
+    """Eagerly, in graphs, several in one execution: the same numbers."""
+    x, y = problem(rows=24, dtype="float32")
+    results = []
+    for options in ({"run_eagerly": True}, {"run_eagerly": False}, {"run_eagerly": False, "steps_per_execution": 3}):
+        model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", seed=5), **options)
+        start = matrices(model)
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+        results.append(matrices(model))
+        assert variable(model.optimizer, "updates") == 6
+    for other in results[1:]:
+        _assert_close(other, results[0], start, 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 0.1, "clipnorm": 0.5}, {"use_ema": True}])
+def test_variables_without_curvature_train_as_by_sgd_bit_for_bit(options):
+    """The same gradients for both optimizers, in a model where instrumented layers step beside them."""
+    results = []
+    for kind in (KPSVD, keras.optimizers.SGD):
+        keras.utils.set_random_seed(1)
+        plain = [keras.layers.Dense(3), keras.layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input((4,)), *plain, KPSVDDense(2)])
+        optimizer = kind(learning_rate=0.05, momentum=0.9, **options)
+        variables = model.trainable_variables
+        for number in range(4):
+            rng = np.random.default_rng(number)
+            optimizer.apply([tf.constant(rng.normal(size=v.shape), "float32") for v in variables], variables)
+        results.append([v.numpy() for layer in plain for v in layer.trainable_variables])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_model_without_instrumented_layers_trains_as_by_sgd_bit_for_bit():
+    x, y = problem(rows=24, dtype="float32")
+    results = []
+    for optimizer in (KPSVD(learning_rate=0.05), keras.optimizers.SGD(0.05, momentum=0.9)):
+        model = tanh_network(dtype="float32", layer=keras.layers.Dense)
+        model.compile(optimizer, "mse", jit_compile=False)
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+        results.append(matrices(model))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_step_of_a_compiled_fit_has_curvature():
+    x, y = problem()
+    model = tanh_network()
+    model.compile(KPSVD(method="kfac", **PLAIN), "mse")
+    start = matrices(model)
+    _, steps = _directions(start, x, y)
+    model.fit(x, y, batch_size=len(x), shuffle=False, verbose=0)
+    _assert_close(matrices(model), [w - 0.25 * d for w, d in zip(start, steps, strict=True)], start, 1e-6)
+
+
+@pytest.mark.parametrize("learning_rate", ["adaptive", 0.25])
+def test_the_first_eager_step_is_a_plain_gradient_step(learning_rate):
+    x, y = problem()
+    model = tanh_network()
+    model.compile(KPSVD(method="kfac", **{**PLAIN, "learning_rate": learning_rate}), "mse", run_eagerly=True)
+    start = matrices(model)
+    model.train_on_batch(x, y)
+    rate = 0.01 if learning_rate == "adaptive" else learning_rate
+    gradients = reference.squared_error_gradients(start, x, y)
+    _assert_close(matrices(model), [w - rate * g for w, g in zip(start, gradients, strict=True)], start, 1e-6)
+
+
+def test_a_learning_rate_schedule_is_followed():
+    x, y = problem()
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0], [0.5, 0.125])
+    model = compiled(tanh_network(), KPSVD(method="kfac", **{**PLAIN, "learning_rate": schedule}, **EVERY_STEP))
+    for rate in (0.5, 0.125):
+        start = matrices(model)
+        _, steps = _directions(start, x, y)
+        model.train_on_batch(x, y)
+        _assert_close(matrices(model), [w - rate * d for w, d in zip(start, steps, strict=True)], start, 1e-6)
+
+
+def test_accumulated_gradients_are_stepped_with_as_one_gradient():
+    """Curvature is that of the last part, the gradient the mean of both."""
+    x, y = problem(rows=12)
+    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, gradient_accumulation_steps=2))
+    start = matrices(model)
+    gradients = reference.squared_error_gradients(start, x, y)
+    samples = reference.squared_error_samples(start, x[6:])
+    expected = [
+        w - 0.25 * reference.rule_solve(reference.method_terms(*sample, "kfac"), gradient, DAMPING)
+        for w, sample, gradient in zip(start, samples, gradients, strict=True)
+    ]
+    model.train_on_batch(x[:6], y[:6])
+    for one, other in zip(matrices(model), start, strict=True):
+        np.testing.assert_array_equal(one, other)
+    model.train_on_batch(x[6:], y[6:])
+    _assert_close(matrices(model), expected, start, 1e-6)
+
+
+def test_decoupled_weight_decay_is_kerass():
+    """`W ← W − rate·decay·W` before the step."""
+    x, y = problem()
+    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, weight_decay=0.125))
+    start = matrices(model)
+    _, steps = _directions(start, x, y)
+    model.train_on_batch(x, y)
+    _assert_close(
+        matrices(model), [(1 - 0.25 * 0.125) * w - 0.25 * d for w, d in zip(start, steps, strict=True)], start, 1e-6
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another():
+    x, y = problem(dtype="float32")
+    states = []
+    for seed in (1, 1, 2):
+        model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", seed=seed))
+        for _ in range(2):
+            model.train_on_batch(x, y)
+        states.append(state(model))
+    assert_same(states[0], states[1])
+    assert any(not np.array_equal(states[0][name], states[2][name]) for name in states[0])
