@@ -2,8 +2,9 @@
 
 from keras_kpsvd import datasets
 from keras_kpsvd.curvature.approximations import approximate_fisher, exact_fisher
+from keras_kpsvd.curvature.diagnostics import fisher_errors
 from keras_kpsvd.curvature.samples import fisher_samples
 from keras_kpsvd.layers.dense import KPSVDDense
 from keras_kpsvd.optimizer import KPSVD
 
-__all__ = ["KPSVD", "KPSVDDense", "approximate_fisher", "datasets", "exact_fisher", "fisher_samples"]
+__all__ = ["KPSVD", "KPSVDDense", "approximate_fisher", "datasets", "exact_fisher", "fisher_errors", "fisher_samples"]

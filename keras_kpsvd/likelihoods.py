@@ -228,7 +228,7 @@ def heads(
         logits = not discrete or before is not None or from_logits is not False
         z = before if discrete and before is not None else output
         kappa = _scale(family, reduction, z) * (1.0 if loss_weight is None else loss_weight)
-        elements = _element_weights(output, weight, reduction, family)
+        elements = _element_weights(output, weight, reduction)
         found.append(Head(z, family, logits, kappa if elements is None else kappa * elements))
     return found
 
@@ -257,8 +257,10 @@ def _compiled(model: keras.Model | None, flat: list, outputs: Any) -> tuple[list
 
     def spread(value):
         if isinstance(value, dict):
-            keys = list(outputs) if isinstance(outputs, dict) else names
-            return [value.get(key) for key in keys or []]
+            if isinstance(outputs, dict):  # Flattening orders keys by its own rule.
+                place = keras.tree.pack_sequence_as(outputs, list(range(len(flat))))
+                return [value.get(key) for key in sorted(outputs, key=place.get)]
+            return [value.get(name) for name in names or []]
         if keras.tree.is_nested(value):
             return list(keras.tree.flatten(value))
         return [value] * len(flat)
@@ -312,7 +314,7 @@ def _scale(family: str | Callable, reduction: str, outputs: tf.Tensor) -> tf.Ten
     return (batch if summed else 1.0) / averaged
 
 
-def _element_weights(output: tf.Tensor, sample_weight: Any, reduction: str, family: Any) -> tf.Tensor | None:
+def _element_weights(output: tf.Tensor, sample_weight: Any, reduction: str) -> tf.Tensor | None:
     """Sample weights and Keras mask as one factor over `[batch, ...]`, scaled as the loss scales them."""
     mask = getattr(output, "_keras_mask", None)
     if mask is not None:
@@ -320,17 +322,18 @@ def _element_weights(output: tf.Tensor, sample_weight: Any, reduction: str, fami
         if reduction in ("mean", "sum_over_batch_size"):
             mask *= tf.math.divide_no_nan(tf.cast(tf.size(mask), tf.float32), tf.reduce_sum(mask))
     if sample_weight is None:
-        return mask
-    weight = tf.cast(sample_weight, tf.float32)
+        weight = mask
+    else:
+        weight = tf.cast(sample_weight, tf.float32)
+        if weight.shape.rank is not None and weight.shape.rank > 1 and weight.shape.rank >= output.shape.rank:
+            weight = weight[..., 0]
+        if mask is not None:
+            weight = weight * mask if weight.shape.rank == mask.shape.rank else weight[:, None] * mask
+    if weight is None:
+        return None
     per_value = output.shape.rank - 1
-    if weight.shape.rank is not None and weight.shape.rank > 1 and weight.shape.rank >= output.shape.rank:
-        weight = weight[..., 0]
-    if mask is not None:
-        weight = weight * mask if weight.shape.rank == mask.shape.rank else weight[:, None] * mask
     if reduction == "mean_with_sample_weight":
         spread = tf.cast(tf.reduce_prod(tf.shape(output)[:per_value]), tf.float32)
         spread /= tf.cast(tf.reduce_prod(tf.shape(output)[weight.shape.rank : per_value]), tf.float32)
         weight = weight * tf.math.divide_no_nan(spread, tf.reduce_sum(weight))
-    if callable(family) and weight.shape.rank > 1:
-        weight = tf.reduce_mean(weight, axis=list(range(1, weight.shape.rank)))
     return weight

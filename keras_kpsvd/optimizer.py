@@ -234,8 +234,11 @@ class KPSVD(keras.optimizers.SGD):
         if self._coefficients is None or self._var_key(variable) not in self._curved:
             super().update_step(gradient, variable, learning_rate)
             return
-        velocity = self.momentums[self._get_variable_index(variable)]
         rate, momentum = (tf.cast(value, variable.dtype) for value in self._coefficients)
+        if not self.momentums:  # No momentum, and nothing else that needs the last step.
+            self.assign_sub(variable, rate * tf.cast(gradient, variable.dtype))
+            return
+        velocity = self.momentums[self._get_variable_index(variable)]
         step = momentum * tf.cast(velocity.value, variable.dtype) - rate * tf.cast(gradient, variable.dtype)
         self.assign(velocity, step)
         self.assign_add(variable, step)

@@ -10,7 +10,8 @@ def tanh_network(sizes=(4, 3, 2), dtype="float64", layer=KPSVDDense):
     """The network of `reference.forward`, the same weights every time."""
     keras.utils.set_random_seed(7)
     dense = [layer(units, activation="tanh", dtype=dtype, name=f"dense{n}") for n, units in enumerate(sizes[1:-1])]
-    model = keras.Sequential([keras.Input((sizes[0],), dtype=dtype), *dense, layer(sizes[-1], dtype=dtype, name="out")])
+    layers = [keras.Input((sizes[0],), dtype=dtype), *dense, layer(sizes[-1], dtype=dtype, name="out")]
+    model = keras.Sequential(layers, name="network")
     for one in model.layers:  # Biases that are not zero, so that no test passes without them.
         one.bias.assign(np.linspace(-0.3, 0.4, one.units))
     return model
@@ -43,7 +44,7 @@ def matrices(model):
 def state(model, *, but=("iteration", "learning_rate")):
     """`{path: value}` of all variables of a model and its optimizer."""
     variables = [*model.variables, *model.optimizer.variables]
-    return {v.path: np.array(v) for v in variables if v.name not in but}
+    return {v.path: v.numpy() for v in variables if v.name not in but}
 
 
 def assert_same(one, other):
@@ -55,4 +56,4 @@ def assert_same(one, other):
 
 def variable(optimizer, name):
     """The value of an optimizer's variable."""
-    return next(np.array(v) for v in optimizer.variables if v.name == name)
+    return next(v.numpy() for v in optimizer.variables if v.name == name)

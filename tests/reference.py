@@ -124,7 +124,7 @@ def squared_error_samples(matrices, x):
     """`(ā, g)` of each layer whose second moment is the Gauss–Newton block of the mean squared error."""
     inputs, outputs = forward(matrices, x)
     width = outputs.shape[1]
-    # The Hessian by the outputs is 2/width; a mean over N·width rows takes the factor √width to become a sum over outputs.
+    # The Hessian by the outputs is 2/width, and a mean over N·width rows needs √width to be a sum over outputs.
     scale = np.sqrt(2 / width) * np.sqrt(width)
     return [
         (np.repeat(a, width, axis=0), scale * j.reshape(-1, j.shape[-1]))
@@ -158,7 +158,7 @@ def method_terms(activations, gradients, method):
 
 
 def rule_solve(terms, matrix, damping, rule="sqrt", indefinite="absolute"):
-    """`B^{-1/2} φ(B^{-1/2} C B^{-1/2})^{-1} B^{-1/2}` times `vec(matrix)`, dense: `B` the damped first term, `C` the second."""
+    """`B^{-1/2} φ(B^{-1/2} C B^{-1/2})^{-1} B^{-1/2} vec(matrix)`, dense: `B` the damped first term, `C` the second."""
     base = damped_sum(terms[:1], damping, rule)
     values, vectors = np.linalg.eigh(base)
     root = (vectors / np.sqrt(values)) @ vectors.T

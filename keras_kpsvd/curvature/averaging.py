@@ -21,8 +21,9 @@ def average_weight(count: tf.Tensor, decay: float) -> tf.Tensor:
 
     The first average is the first value itself, so no start value has to be forgotten.
     """
-    decay = tf.constant(decay, tf.float32)
-    return (1 - decay) / (1 - tf.pow(decay, tf.cast(count, tf.float32) + 1))
+    # In float32 a decay near 1 would round to 1, and the weight to 0/0.
+    decay = tf.constant(decay, tf.float64)
+    return tf.cast((1 - decay) / (1 - tf.pow(decay, tf.cast(count, tf.float64) + 1)), tf.float32)
 
 
 def average_terms(
@@ -33,7 +34,7 @@ def average_terms(
     Args:
         old: one or two pairs `(A, G)`: the base term, positive semi-definite, and a correction.
         new: as many.
-        weight: `w`, scalar; 1 forgets `old`, whatever it holds.
+        weight: `w`, scalar; 1 forgets `old`, which must be finite.
         factorwise: average the factors of the base term one by one, as KFAC does; otherwise the base term of the
             average is the best single term of the averaged base terms, again positive semi-definite (Perron–Frobenius).
         trace: the scale of the base: its first factor is scaled to this trace, the second inversely, so that a free
@@ -46,14 +47,14 @@ def average_terms(
     if factorwise:
         base = tuple(before + weight * (now - before) for before, now in zip(old[0], new[0], strict=True))
     else:
-        ((a, g),) = recompress((_scaled(old[0], 1 - weight), _scaled(new[0], weight)), 1).terms
+        ((a, g),) = recompress((_scaled(old[0], 1 - weight), _scaled(new[0], weight)), 1, symmetric=True).terms
         base = (a, g)
     if trace is not None:
         base = rescale_to_trace(base, trace)
     if len(new) == 1:
         return (base,)
     averaged = (*(_scaled(pair, 1 - weight) for pair in old), *(_scaled(pair, weight) for pair in new))
-    ((p, q),) = recompress((*averaged, _scaled(base, -1.0)), 1).terms
+    ((p, q),) = recompress((*averaged, _scaled(base, -1.0)), 1, symmetric=True).terms
     return base, (p, q)
 
 

@@ -15,10 +15,11 @@ from keras_kpsvd.linalg import KroneckerSum, RearrangedFisher
 
 
 class FisherErrors(NamedTuple):
-    """Attributes.
+    """The errors of one approximation of one layer's block.
 
-    error_1: `‖F − F̂‖_F / ‖F‖_F`.
-    error_2: `‖λ(F) − λ(F̂)‖₂ / ‖λ(F)‖₂` with both spectra sorted; NaN for layers whose spectrum was not computed.
+    Attributes:
+        error_1: `‖F − F̂‖_F / ‖F‖_F`.
+        error_2: `‖λ(F) − λ(F̂)‖₂ / ‖λ(F)‖₂` with both spectra sorted; NaN for layers whose spectrum was not computed.
     """
 
     error_1: float

@@ -85,7 +85,11 @@ class LayerCurvature:
             The next values of `refresh_targets`, the old ones where anything was not finite, and a scalar boolean.
         """
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
-        return _kernels(self.options).refresh(*samples, old, tf.convert_to_tensor(self.count))
+        count = tf.convert_to_tensor(self.count)
+        try:
+            return _kernels(self.options).refresh(*samples, old, count)
+        except tf.errors.OpError:  # As in `invert`.
+            return [*_flatten(old), count], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:

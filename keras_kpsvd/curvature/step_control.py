@@ -121,14 +121,20 @@ def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -
     Returns:
         The minimiser. Where `Δ` has no curvature at all, not even damping, the rate is 0.
     """
-    m00, m01, m11 = quadratic[0, 0], quadratic[0, 1], quadratic[1, 1]
-    determinant = m00 * m11 - m01 * m01
+    # In units of each direction's own length √M_ii: products of small curvatures would underflow.
+    lengths = tf.sqrt(tf.maximum(tf.linalg.diag_part(quadratic), 0.0))
+    cosine = tf.math.divide_no_nan(tf.math.divide_no_nan(quadratic[0, 1], lengths[0]), lengths[1])
+    slopes = tf.math.divide_no_nan(slopes, lengths)
+    cap = largest_momentum * lengths[1]
+    determinant = 1 - cosine * cosine
     # Of two nearly parallel directions one is enough.
-    independent = determinant > 1e-6 * m00 * m11
-    momentum = tf.math.divide_no_nan(m01 * slopes[0] - m00 * slopes[1], tf.where(independent, determinant, 0.0))
-    momentum = tf.clip_by_value(momentum, 0.0, largest_momentum)
-    rate = tf.maximum(tf.math.divide_no_nan(slopes[0] + m01 * momentum, m00), 0.0)
-    return StepCoefficients(rate, momentum)
+    momentum = tf.where(determinant > 1e-6, (cosine * slopes[0] - slopes[1]) / determinant, 0.0)
+    momentum = tf.clip_by_value(momentum, 0.0, cap)
+    rate = slopes[0] + cosine * momentum
+    # Where the best rate is negative the minimiser has none.
+    momentum = tf.where(rate < 0, tf.clip_by_value(-slopes[1], 0.0, cap), momentum)
+    rate = tf.maximum(rate, 0.0)
+    return StepCoefficients(*tf.unstack(tf.math.divide_no_nan(tf.stack([rate, momentum]), lengths)))
 
 
 def follow_damping(

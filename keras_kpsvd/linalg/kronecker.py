@@ -16,7 +16,7 @@ from keras_kpsvd.linalg.solve import (
     joint_eigenbasis,
     solve_skew_pair,
 )
-from keras_kpsvd.linalg.triples import epsilon, fix_signs, project
+from keras_kpsvd.linalg.triples import epsilon, project, term_signs
 
 KroneckerTerm = tuple[tf.Tensor, tf.Tensor]
 
@@ -139,7 +139,7 @@ class KroneckerSum:
         return apply_two_term(*joint_eigenbasis(A, G, P, Q, lam_A, lam_G), V, indefinite=indefinite)
 
 
-def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> KroneckerSum:
+def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int, *, symmetric: bool = False) -> KroneckerSum:
     """The nearest sum of k Kronecker products, in Frobenius norm, to a longer one.
 
     `R(Σ A_i ⊗ G_i) = Σ vec(A_i) vec(G_i)ᵀ = XᵀY` has rank at most the number r of terms: with `XXᵀ = C Cᵀ` and
@@ -153,10 +153,11 @@ def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> Kroneck
     Args:
         terms: The sum, r terms; zero terms do no harm.
         k: How many to keep. If r < k, zero terms fill up.
+        symmetric: Every factor is exactly symmetric, so that the result is, and need not be looked at.
 
     Returns:
         k terms, largest first, both factors of a term with the same Frobenius norm `√σ`, orthogonal to those of other
-        terms; signs by `fix_signs`.
+        terms; signs by `term_signs`.
     """
     total = terms if isinstance(terms, KroneckerSum) else KroneckerSum(list(terms))
     count = min(k, len(total.terms))
@@ -168,57 +169,62 @@ def recompress(terms: KroneckerSum | Iterable[KroneckerTerm], k: int) -> Kroneck
     values, p, q = values[:count], p[:, :count], q[:, :count]
     left_mix = divide_no_nan(form.weights * tf.matmul(form.right_factor, q), values)
     right_mix = divide_no_nan(form.weights * tf.matmul(form.left_factor, p), values)
+    lefts = _mixed(form.left, divide_no_nan(left_mix, form.left_norms[:, tf.newaxis]))
+    rights = _mixed(form.right, divide_no_nan(right_mix, form.right_norms[:, tf.newaxis]))
+    if not symmetric:
+        # Symmetric or skew up to rounding: which kind each one is follows from its own entries.
+        lefts, rights = _cleaned(lefts), _cleaned(rights)
+    signs = term_signs(lefts, tf.ones([count], total.dtype))
     values = tf.where(finite, values, tf.constant(float("nan"), values.dtype))
-    roots = form.unit * tf.cast(tf.sqrt(values), total.dtype)[:, tf.newaxis, tf.newaxis]
-    # Combining symmetric matrices is symmetric up to rounding; which kind each one is follows from its own entries.
-    lefts, rights = fix_signs(_cleaned(_mixed(form.left, left_mix)), _cleaned(_mixed(form.right, right_mix)))
-    pairs = list(zip(tf.unstack(roots * lefts), tf.unstack(roots * rights), strict=True))
+    roots = (form.unit * tf.cast(tf.sqrt(values), total.dtype) * signs)[:, tf.newaxis, tf.newaxis]
+    lefts, rights = roots * lefts, roots * rights
+    pairs = list(zip(tf.unstack(lefts), tf.unstack(rights), strict=True))
     zero = (tf.zeros_like(total.terms[0][0]), tf.zeros_like(total.terms[0][1]))
     return KroneckerSum(pairs + [zero] * (k - count))
 
 
 class _CoreForm(NamedTuple):
-    """`R = unit² Xᵀ diag(weights) Y`, whose singular values are those of `unit² core`, `core = Cᵀ diag(weights) B`."""
+    """`R = Xᵀ Y`, whose singular values are those of `unit² core`; the r × r parts in float64, for unit rows."""
 
-    left: tf.Tensor  # X [r, d_in²], rows of unit norm
-    right: tf.Tensor  # Y [r, d_out²]
-    left_factor: tf.Tensor  # C [r, r], float64, XXᵀ = C Cᵀ
-    right_factor: tf.Tensor  # B
-    weights: tf.Tensor  # [r, 1], float64, at most 1
-    core: tf.Tensor  # [r, r], float64
+    left: list[tf.Tensor]  # the rows of X, each [d_in, d_in]
+    right: list[tf.Tensor]  # the rows of Y
+    left_norms: tf.Tensor  # [r], float64
+    right_norms: tf.Tensor
+    left_factor: tf.Tensor  # C [r, r]: the Gram matrix of the rows of X at unit norm is C Cᵀ
+    right_factor: tf.Tensor  # B, likewise for Y
+    weights: tf.Tensor  # [r, 1], products of norms relative to the largest
+    core: tf.Tensor  # [r, r], Cᵀ diag(weights) B
     unit: tf.Tensor
 
 
 def _core_form(total: KroneckerSum) -> _CoreForm:
-    (left, left_factor, left_norms), (right, right_factor, right_norms) = (_unit_rows(total, side) for side in (0, 1))
+    left, right = [A for A, _ in total.terms], [G for _, G in total.terms]
+    (left_norms, left_factor), (right_norms, right_factor) = _gram_factor(left), _gram_factor(right)
     # Relative to the largest, so that no product leaves the range of the dtype.
     unit = tf.reduce_max(tf.sqrt(left_norms) * tf.sqrt(right_norms))
     unit = tf.where(unit > 0, unit, tf.ones_like(unit))
-    weights = tf.cast(left_norms / unit * (right_norms / unit), tf.float64)[:, tf.newaxis]
+    weights = (left_norms / unit * (right_norms / unit))[:, tf.newaxis]
     core = tf.matmul(left_factor, weights * right_factor, transpose_a=True)
-    return _CoreForm(left, right, left_factor, right_factor, weights, core, unit)
+    unit = tf.cast(unit, total.dtype)
+    return _CoreForm(left, right, left_norms, right_norms, left_factor, right_factor, weights, core, unit)
 
 
-def _unit_rows(total: KroneckerSum, side: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """One side's factors at unit norm as rows `X [r, d²]`, `C [r, r]` (float64) with `XXᵀ = C Cᵀ`, and their norms
-    `[r]`.
-    """
-    factors = tf.stack([term[side] for term in total.terms])
-    norms = safe_norm(factors, axis=[1, 2])
-    rows = tf.reshape(divide_no_nan(factors, norms[:, tf.newaxis, tf.newaxis]), [len(total.terms), -1])
-    precise = tf.cast(rows, tf.float64)
-    gram = tf.matmul(precise, precise, transpose_b=True)
+def _gram_factor(matrices: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Frobenius norms `[r]` and `C [r, r]` with `C Cᵀ` the Gram matrix of the matrices at unit norm, in float64."""
+    rows = tf.cast(tf.reshape(tf.stack(matrices), [len(matrices), -1]), tf.float64)
+    gram = tf.matmul(rows, rows, transpose_b=True)
+    norms = tf.sqrt(tf.linalg.diag_part(gram))
+    gram = divide_no_nan(gram, norms[:, tf.newaxis] * norms)
     # eigh raises on NaN; the core turns NaN through the norms all the same.
     gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.zeros_like(gram))
     eigenvalues, vectors = tf.linalg.eigh(gram)
-    return rows, vectors * tf.sqrt(tf.maximum(eigenvalues, 0)), norms
+    return norms, vectors * tf.sqrt(tf.maximum(eigenvalues, 0))
 
 
-def _mixed(rows: tf.Tensor, mix: tf.Tensor) -> tf.Tensor:
-    """Unit-norm combinations `[k, d, d]` of rows `[r, d²]` with weights `[r, k]`; zero where nothing is left."""
-    size = round(rows.shape[1] ** 0.5)
-    combined = tf.reshape(tf.matmul(tf.cast(mix, rows.dtype), rows, transpose_a=True), [-1, size, size])
-    return divide_no_nan(combined, safe_norm(combined, axis=[1, 2], keepdims=True))
+def _mixed(matrices: list[tf.Tensor], mix: tf.Tensor) -> tf.Tensor:
+    """Combinations `[k, d, d]` of r matrices with weights `[r, k]`, entry by entry: symmetric ones stay exactly so."""
+    mix = tf.unstack(tf.cast(mix, matrices[0].dtype))
+    return tf.add_n([weight[:, tf.newaxis, tf.newaxis] * matrix for weight, matrix in zip(mix, matrices, strict=True)])
 
 
 def _cleaned(matrices: tf.Tensor) -> tf.Tensor:

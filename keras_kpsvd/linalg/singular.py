@@ -233,8 +233,9 @@ def _starts(operator: RearrangedFisher, k: int, start: tf.Tensor | None, parity:
     noise = project(tf.random.stateless_normal(shape, seed=[2023, 73], dtype=operator.dtype), parity)
     noise = divide_no_nan(noise, safe_norm(noise, axis=[1, 2], keepdims=True))
     if parity == "symmetric":
-        # The leading factor is positive semi-definite, so the identity has a large component along it.
-        noise += tf.eye(operator.d_in, dtype=operator.dtype) / operator.d_in**0.5
+        # The leading factor is positive semi-definite, so the identity has a large component along it. The noise is the
+        # smaller part: with one feature it is ±1 and would cancel the identity.
+        noise = 0.5 * noise + tf.eye(operator.d_in, dtype=operator.dtype) / operator.d_in**0.5
     default = project(tf.stack([operator.rmatvec(one) for one in tf.unstack(noise)]), parity)
     default = divide_no_nan(default, safe_norm(default, axis=[1, 2], keepdims=True))
     if start is None:

@@ -1,0 +1,303 @@
+"""The quadratic model and its minimiser against forward-mode derivatives, dense matrices and SciPy."""
+
+import keras
+import numpy as np
+import pytest
+import scipy.optimize
+import tensorflow as tf
+
+from keras_kpsvd import KPSVDDense, likelihoods
+from keras_kpsvd.curvature import step_control
+from keras_kpsvd.curvature.step_control import fit_step, follow_damping, inner, linearised_outputs, quadratic_model
+from keras_kpsvd.layers import Recorder, RecordingLayer
+
+
+def _dense_net(activation):
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            KPSVDDense(6, activation="relu"),
+            KPSVDDense(4, activation="tanh", use_bias=False),
+            KPSVDDense(3, activation=activation),
+        ]
+    )
+
+
+def _with_other_layers():
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            KPSVDDense(6, activation="tanh"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(4, activation="elu"),
+            KPSVDDense(3),
+            keras.layers.LayerNormalization(),
+        ]
+    )
+
+
+def _called_twice():
+    inputs = keras.Input((5,))
+    shared = KPSVDDense(5, activation="tanh")
+    return keras.Model(inputs, KPSVDDense(2)(shared(shared(inputs))))
+
+
+def _sequence():
+    return keras.Sequential([keras.Input((4, 5)), KPSVDDense(3, activation="tanh"), KPSVDDense(2)])
+
+
+# name: (model, family)
+NETS = {
+    "linear": (lambda: _dense_net(None), "normal"),
+    "sigmoid": (lambda: _dense_net("sigmoid"), "bernoulli"),
+    "softmax": (lambda: _dense_net("softmax"), "categorical"),
+    "other layers": (_with_other_layers, "normal"),
+    "called twice": (_called_twice, "normal"),
+    "sequence": (_sequence, "normal"),
+}
+
+
+def _problem(name, batch=7):
+    keras.utils.set_random_seed(0)
+    build, family = NETS[name]
+    model = build()
+    x = np.random.default_rng(0).normal(size=(batch, *model.input_shape[1:])).astype("float32")
+    return model, family, tf.constant(x)
+
+
+def _instrumented(model):
+    return [layer for layer in model.layers if isinstance(layer, RecordingLayer)]
+
+
+def _record(model, family, x):
+    recorder = Recorder(persistent=True, always=True)
+    for layer in _instrumented(model):
+        layer.attach(recorder)
+    outputs = model(x, training=True)
+    forward_pass = recorder.take()
+    return forward_pass, likelihoods.heads(family, None, outputs)
+
+
+def _directions(model, count=1):
+    rng = np.random.default_rng(1)
+    return [
+        {layer: tf.constant(rng.normal(size=layer.curvature_shape), tf.float32) for layer in _instrumented(model)}
+        for _ in range(count)
+    ]
+
+
+def _logits(output):
+    return getattr(output, "_keras_logits", output)
+
+
+def _forward_mode(model, x, direction):
+    variables = [v.value for layer in direction for v in layer.curvature_variables]
+    tangents = [part for layer, matrix in direction.items() for part in layer.from_matrix(matrix)]
+    with tf.autodiff.ForwardAccumulator(variables, tangents) as accumulator:
+        output = _logits(model(x, training=True))
+    return accumulator.jvp(output).numpy()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_linearised_outputs_are_the_forward_mode_derivative(name, graph):
+    model, family, x = _problem(name)
+    (direction,) = _directions(model)
+
+    def linearise(x):
+        forward_pass, heads = _record(model, family, x)
+        return linearised_outputs(forward_pass, heads, direction)
+
+    (tangent,) = (tf.function(linearise) if graph else linearise)(x)
+    expected = _forward_mode(model, x, direction)
+    assert np.linalg.norm(expected) > 0.1
+    assert np.linalg.norm(tangent - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_layers_without_a_direction_stand_still():
+    model, family, x = _problem("linear")
+    (direction,) = _directions(model)
+    first = next(iter(direction))
+    forward_pass, heads = _record(model, family, x)
+    (tangent,) = linearised_outputs(forward_pass, heads, {first: direction[first]})
+    expected = _forward_mode(model, x, {first: direction[first]})
+    assert np.linalg.norm(tangent - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def _jacobian(model, x):
+    """`[batch, outputs, weights]`, one matrix for all instrumented layers, biases as last rows."""
+    layers = _instrumented(model)
+    with tf.GradientTape() as tape:
+        output = _logits(model(x, training=True))
+        output = tf.reshape(output, [len(x), -1])
+    blocks = []
+    for layer, parts in zip(
+        layers, tape.jacobian(output, [layer.curvature_variables for layer in layers]), strict=True
+    ):
+        blocks.extend(part.numpy().reshape(*output.shape, -1) for part in parts)
+        assert len(parts) == len(layer.curvature_variables)
+    return np.concatenate(blocks, axis=2).astype("float64")
+
+
+def _output_fisher(family, outputs):
+    """Fisher matrices at the outputs, `[batch, c, c]`."""
+    flat = np.reshape(outputs, (len(outputs), -1)).astype("float64")
+    size = flat.shape[1]
+    if family == "normal":
+        return np.tile(2 * np.eye(size), (len(flat), 1, 1))
+    if family == "bernoulli":
+        p = 1 / (1 + np.exp(-flat))
+        return np.stack([np.diag(row * (1 - row)) for row in p])
+    p = np.exp(flat) / np.exp(flat).sum(axis=1, keepdims=True)
+    return np.stack([np.diag(row) - np.outer(row, row) for row in p])
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("name", NETS)
+def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping(name, damping):
+    model, family, x = _problem(name)
+    directions = _directions(model, 2)
+    forward_pass, heads = _record(model, family, x)
+    quadratic = quadratic_model(forward_pass, heads, directions, tf.constant(damping), tf.constant([0, 0]))
+
+    jacobian = _jacobian(model, x)
+    # Without a compiled loss Keras's own is assumed: the mean over outputs, for "categorical" over positions.
+    averaged = 1 if family == "categorical" else jacobian.shape[1]
+    outputs = _logits(model(x, training=True)).numpy()
+    fisher = _output_fisher(family, outputs) / averaged
+    gauss_newton = np.einsum("nci,ncd,ndj->ij", jacobian, fisher, jacobian) / len(x)
+    flat = [
+        np.concatenate([np.reshape(part, -1) for layer, matrix in d.items() for part in layer.from_matrix(matrix)])
+        for d in directions
+    ]
+    flat = np.stack(flat).astype("float64")
+    expected = flat @ gauss_newton @ flat.T + damping * flat @ flat.T
+    np.testing.assert_allclose(quadratic, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5,))
+    hidden = KPSVDDense(4, activation="tanh")(inputs)
+    outputs = [KPSVDDense(2)(hidden), KPSVDDense(3, activation="softmax")(hidden)]
+    losses, weights = ["mse", "categorical_crossentropy"], [0.5, 3.0]
+    model = keras.Model(inputs, outputs)
+    model.compile(loss=losses, loss_weights=weights)
+    x = tf.constant(np.random.default_rng(0).normal(size=(6, 5)), tf.float32)
+    recorder = Recorder(persistent=True, always=True)
+    for layer in _instrumented(model):
+        layer.attach(recorder)
+    returned = model(x, training=True)
+    forward_pass = recorder.take()
+    heads = likelihoods.heads("auto", model, returned)
+    (direction,) = _directions(model)
+    quadratic = quadratic_model(forward_pass, heads, [direction], tf.constant(0.0), tf.constant([0, 0]))
+    expected = 0.0
+    for index, (family, averaged) in enumerate((("normal", 2), ("categorical", 1))):
+        single = keras.Model(inputs, outputs[index])
+        mine = {layer: direction[layer] for layer in _instrumented(single)}
+        tangent = _forward_mode(single, x, mine)
+        fisher = _output_fisher(family, _logits(returned[index]).numpy())
+        expected += weights[index] * np.einsum("ni,nij,nj->", tangent, fisher, tangent) / averaged / len(x)
+    assert float(quadratic[0, 0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_inner_is_the_euclidean_product_of_all_weights():
+    model, _, _ = _problem("linear")
+    one, other = _directions(model, 2)
+    expected = sum(np.vdot(one[layer].numpy().astype("float64"), other[layer]) for layer in one)
+    assert float(inner(one, other)) == pytest.approx(expected, rel=1e-5)
+
+
+def _objective(quadratic, slopes, rate, momentum):
+    c = np.array([-rate, momentum], "float64")
+    return 0.5 * c @ quadratic @ c + slopes @ c
+
+
+@pytest.mark.parametrize("cap", [0.0, 0.9, 50.0])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_step_minimises_the_quadratic_model_within_its_bounds(cap, scale):
+    rng = np.random.default_rng(0)
+    inside, without_rate = 0, 0
+    for _ in range(40):
+        root = rng.standard_normal((2, 2)) * np.exp(rng.normal(size=2))[:, None]
+        quadratic = root @ root.T
+        slopes = rng.standard_normal(2) * np.exp(rng.normal(size=2))
+        slopes[0] = abs(slopes[0])
+        step = fit_step(tf.constant(quadratic * scale, tf.float32), tf.constant(slopes * scale, tf.float32), cap)
+        rate, momentum = float(step.rate), float(step.momentum)
+        assert rate >= 0
+        assert 0 <= momentum <= cap * (1 + 1e-6)
+        # ½ cᵀMc + sᵀc with M = R Rᵀ is ½ ‖Rᵀc + R⁻¹s‖² to a constant.
+        upper = max(cap, 1e-12)
+        best = scipy.optimize.lsq_linear(
+            root.T, -np.linalg.solve(root, slopes), bounds=([-np.inf, 0], [0, upper]), tol=1e-14
+        ).x
+        optimum = _objective(quadratic, slopes, -best[0], best[1])
+        assert _objective(quadratic, slopes, rate, momentum) - optimum <= 2e-3 * abs(optimum)
+        inside += rate > 0 and 0 < momentum < cap
+        without_rate += rate == 0
+    assert cap != 50.0 or (inside > 5 and without_rate > 1)
+
+
+@pytest.mark.parametrize(
+    ("quadratic", "slopes", "expected"),
+    [
+        pytest.param([[0, 0], [0, 0]], [1, -1], (0, 0), id="no curvature at all"),
+        pytest.param([[2, 0], [0, 0]], [1, 0], (0.5, 0), id="no previous step"),
+        pytest.param([[2, 6], [6, 18]], [1, 3], (0.5, 0), id="parallel to the previous step"),
+        pytest.param([[2, -6], [-6, 18]], [1, -3], (0.5, 0), id="opposite to the previous step"),
+        pytest.param([[0, 0], [0, 2]], [0, -1], (0, 0.5), id="no gradient"),
+        pytest.param([[1e-30, 0], [0, 1e-30]], [1e-30, -0.5e-30], (1, 0.5), id="tiny"),
+    ],
+)
+def test_degenerate_quadratics_give_finite_steps(quadratic, slopes, expected):
+    step = fit_step(tf.constant(quadratic, tf.float32), tf.constant(slopes, tf.float32), 0.9)
+    np.testing.assert_allclose([step.rate, step.momentum], expected, rtol=1e-5)
+
+
+def test_curvature_that_is_not_a_number_is_not_taken_for_none():
+    """The optimizer skips a step whose coefficients are not finite; a rate of zero would hide the fault."""
+    for place in ((0, 0), (0, 1), (1, 1)):
+        quadratic = np.eye(2, dtype="float32")
+        quadratic[place] = np.nan
+        step = fit_step(tf.constant(quadratic), tf.constant([1.0, -0.5]), 0.9)
+        assert not np.all(np.isfinite([step.rate, step.momentum])), place
+
+
+@pytest.mark.parametrize(
+    ("after", "factor"),
+    [
+        pytest.param(0.0, 0.95, id="the model was right"),
+        pytest.param(-0.5, 0.95, id="the step was short"),
+        pytest.param(0.2, 0.95, id="ratio 0.8"),
+        pytest.param(0.5, 1.0, id="ratio 0.5"),
+        pytest.param(0.8, 1 / 0.95, id="ratio 0.2"),
+        pytest.param(3.0, 1 / 0.95, id="overshot"),
+    ],
+)
+def test_damping_follows_the_ratio_of_the_averaged_slopes(after, factor):
+    damping, averages = tf.constant(0.1), tf.constant([0.0, 0.0])
+    before_sum, after_sum = 0.0, 0.0
+    for step in range(5):
+        damping, averages = follow_damping(damping, averages, tf.constant(-1.0), tf.constant(after))
+        assert float(damping) == pytest.approx(0.1 * factor ** (step + 1), rel=1e-5)
+        before_sum, after_sum = 0.9 * before_sum - 0.1, 0.9 * after_sum + 0.1 * after
+        np.testing.assert_allclose(averages, [before_sum, after_sum], rtol=1e-5, atol=1e-7)
+
+
+def test_damping_stays_where_there_was_no_step_yet():
+    damping, averages = follow_damping(tf.constant(0.1), tf.zeros(2), tf.constant(0.0), tf.constant(0.0))
+    assert float(damping) == pytest.approx(0.1)
+    np.testing.assert_array_equal(averages, 0)
+
+
+def test_damping_stays_within_its_range():
+    low, high = step_control.DAMPING_RANGE
+    falling, rising = tf.constant(low * 1.01), tf.constant(high * 0.99)
+    averages = other = tf.zeros(2)
+    for _ in range(3):
+        falling, averages = follow_damping(falling, averages, tf.constant(-1.0), tf.constant(0.0))
+        rising, other = follow_damping(rising, other, tf.constant(-1.0), tf.constant(2.0))
+    assert float(falling) == pytest.approx(low)
+    assert float(rising) == pytest.approx(high)

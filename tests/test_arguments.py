@@ -1,0 +1,64 @@
+"""Every bad argument is refused when the object is made, by name."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_kpsvd import KPSVD
+from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive
+
+NAN, INFINITY = float("nan"), float("inf")
+BAD = {
+    "method": ["ekfac", "KFAC", None, 1],
+    "fisher": ["true", None, "Exact"],
+    "likelihood": ["gaussian", None, 3],
+    "damping_rule": ["heuristic", None, 0.5],
+    "indefinite": ["clip", None, True],
+    "damping": [0, 0.0, -1e-3, NAN, INFINITY, "auto", None, True],
+    "kl_clip": [0, -1.0, NAN, INFINITY, "none", True],
+    "curvature_interval": [0, -1, 1.5, NAN, None, True, "2"],
+    "inverse_interval": [0, -1, 2.0, None, False],
+    "fisher_batch_size": [0, -8, 0.25, True],
+    "factor_decay": [1, 1.0, -0.1, 1.5, NAN, None, "0.9", True],
+    "momentum": [-0.1, 1.1, NAN, None, "0.9", True],
+    "learning_rate": [-1e-3, NAN, INFINITY, -INFINITY, "fast"],
+}
+
+
+@pytest.mark.parametrize(("argument", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_argument_is_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        KPSVD(**{argument: value})
+
+
+def test_nesterov_is_refused_with_the_adaptive_rate():
+    with pytest.raises(ValueError, match="`nesterov`.*`learning_rate`"):
+        KPSVD(nesterov=True)
+    KPSVD(nesterov=True, learning_rate=0.1)
+
+
+def test_the_ends_of_every_range_are_accepted():
+    KPSVD(learning_rate=0, momentum=0, factor_decay=0, damping=1e-30, kl_clip=None, curvature_interval=1)
+    KPSVD(learning_rate=1, momentum=1, factor_decay=0.999, damping="adaptive", inverse_interval=10**6)
+    numpy = {"damping": np.float32(0.1), "curvature_interval": np.int64(3), "momentum": np.float64(0.5)}
+    optimizer = KPSVD(learning_rate=np.float32(0.5), **numpy)
+    assert keras.saving.serialize_keras_object(optimizer)["config"]["curvature_interval"] == 3
+    KPSVD(learning_rate=lambda: 0.1)
+    KPSVD(learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))
+    KPSVD(likelihood=lambda outputs: outputs)
+
+
+def test_messages_say_what_was_expected_and_what_was_received():
+    for check, expected in [
+        (lambda: check_choice("method", "x", ("a", "b")), "`method` must be one of 'a', 'b'. Received: method='x'"),
+        (
+            lambda: check_positive("damping", -1, " or None"),
+            "`damping` must be a finite number greater than 0 or None. Received: damping=-1",
+        ),
+        (lambda: check_fraction("momentum", 2, one=True), "`momentum` must be in [0, 1]. Received: momentum=2"),
+        (lambda: check_fraction("decay", 1, one=False), "`decay` must be in [0, 1). Received: decay=1"),
+        (lambda: check_count("rows", 0), "`rows` must be an integer of 1 or more. Received: rows=0"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            check()
+        assert str(error.value) == expected

@@ -1,0 +1,256 @@
+"""What `KPSVD` does with NaN, with decompositions that fail, and with layers that carry no information."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature import state as state_module
+from keras_kpsvd.curvature.approximations import METHODS
+from tests import reference
+from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
+
+PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": 2.0**-7, "kl_clip": None, "fisher": "exact"}
+EVERY_STEP = {"curvature_interval": 1, "inverse_interval": 1}
+
+
+def _spoilt(x, value):
+    spoilt = x.copy()
+    spoilt[1, 2] = value
+    return spoilt
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("eager", "options"),
+    [
+        (True, {"weight_decay": 0.1}),
+        (True, {**PLAIN, "weight_decay": 0.1, "momentum": 0.5, "clipnorm": 1.0}),
+        (False, {**PLAIN, "weight_decay": 0.1}),
+    ],
+)
+def test_a_batch_that_is_not_finite_is_skipped_whole_and_the_next_one_trains(eager, options, value):
+    x, y = problem(dtype="float32")
+    model = compiled(
+        tanh_network(dtype="float32"), KPSVD(method="kfac", **options, **EVERY_STEP), run_eagerly=eager
+    )
+    model.train_on_batch(x, y)
+    before = state(model)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.train_on_batch(_spoilt(x, value), y)
+    assert_same(state(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.train_on_batch(x, y)
+    after = state(model)
+    assert all(np.isfinite(values).all() for values in after.values())
+    assert all(not np.array_equal(after[v.path], before[v.path]) for v in model.trainable_variables)
+
+
+def test_a_target_that_is_nan_is_skipped_too():
+    """Activations and sampled gradients are finite here, the loss is not."""
+    x, y = problem(dtype="float32")
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **EVERY_STEP))
+    before = state(model)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.train_on_batch(x, np.where(y == y[0, 0], np.nan, y))
+    assert_same(state(model), before)
+
+
+def test_nan_in_one_part_of_an_accumulated_batch_skips_that_step_only():
+    x, y = problem(dtype="float32")
+    optimizer = KPSVD(method="kfac", **PLAIN, **EVERY_STEP, gradient_accumulation_steps=2)
+    model = compiled(tanh_network(dtype="float32"), optimizer)
+    start = matrices(model)
+    model.train_on_batch(_spoilt(x, np.nan), y)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.train_on_batch(x, y)
+    for one, other in zip(matrices(model), start, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    for one, other in zip(matrices(model), start, strict=True):
+        assert np.isfinite(one).all() and not np.array_equal(one, other)
+
+
+def test_a_model_without_instrumented_layers_skips_nan_in_its_default_graph():
+    x, y = problem(dtype="float32")
+    model = tanh_network(dtype="float32", layer=keras.layers.Dense)
+    model.compile(KPSVD(), "mse")
+    model.train_on_batch(x, y)
+    before = state(model)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.train_on_batch(_spoilt(x, np.nan), y)
+    assert_same(state(model), before)
+
+
+def _raising(*results):
+    """Fails when it runs, as LAPACK does, not when it is traced."""
+    with tf.control_dependencies([tf.debugging.assert_less(tf.random.uniform([]), 0.0)]):
+        return [tf.identity(result) for result in results]
+
+
+FAILURES = {
+    "raises": _raising,
+    "nan": lambda *results: [tf.fill(tf.shape(result), tf.constant(np.nan, result.dtype)) for result in results],
+    "rubbish": lambda *results: [tf.sin(1e3 * result) + 0.5 for result in results],
+}
+
+
+@pytest.fixture
+def break_decomposition(monkeypatch):
+    """Makes the decomposition of the layers of a given shape fail from now on."""
+    sound = {name: getattr(state_module, name) for name in ("invert_one_term", "joint_eigenbasis")}
+
+    def start(failure, d_in):
+        def wrapped(name):
+            def function(a, *rest):
+                results = sound[name](a, *rest)
+                return tuple(FAILURES[failure](*results)) if a.shape[0] == d_in else results
+
+            return function
+
+        state_module._kernels.cache_clear()
+        for name in sound:
+            monkeypatch.setattr(state_module, name, wrapped(name))
+
+    yield start
+    state_module._kernels.cache_clear()
+
+
+def _preconditioner(model, name):
+    block = next(block for block in model.optimizer._blocks if block.layer.name == name)
+    return [variable.numpy() for variable in block.preconditioner]
+
+
+@pytest.mark.parametrize(
+    ("failure", "method"), [("raises", "kfac"), ("nan", "kfac"), ("rubbish", "kfac"), ("rubbish", "kfac_corrected")]
+)
+def test_a_failed_decomposition_keeps_the_last_good_preconditioner_of_its_layer(break_decomposition, failure, method):
+    x, y = problem()
+    model = compiled(tanh_network(), KPSVD(method=method, **PLAIN, **EVERY_STEP))
+    model.train_on_batch(x, y)
+    good, others = _preconditioner(model, "dense0"), _preconditioner(model, "out")
+    break_decomposition(failure, d_in=5)
+    start = matrices(model)
+    x, y = problem(seed=1)
+    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed"):
+        model.train_on_batch(x, y)
+    for one, other in zip(_preconditioner(model, "dense0"), good, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(_preconditioner(model, "out")[0], others[0])
+    if method == "kfac":
+        gradient = reference.squared_error_gradients(start, x, y)[0]
+        np.testing.assert_allclose(matrices(model)[0], start[0] - 0.25 * good[0] @ gradient @ good[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("failure", "eager"), [("raises", True), ("nan", True), ("rubbish", False)])
+def test_a_layer_without_a_good_preconditioner_takes_a_plain_gradient_step(break_decomposition, failure, eager):
+    x, y = problem()
+    break_decomposition(failure, d_in=5)
+    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN), run_eagerly=eager)
+    start = matrices(model)
+    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed"):
+        model.train_on_batch(x, y)
+    gradients = reference.squared_error_gradients(start, x, y)
+    terms = reference.method_terms(*reference.squared_error_samples(start, x)[1], "kfac")
+    steps = [gradients[0], reference.damped_solve(terms, gradients[1], PLAIN["damping"])]
+    for now, before, step in zip(matrices(model), start, steps, strict=True):
+        np.testing.assert_allclose(now, before - 0.25 * step, rtol=1e-6)
+
+
+@pytest.mark.parametrize("failure", ["raises", "nan"])
+def test_curvature_that_cannot_be_computed_leaves_that_layers_averages_as_they_were(monkeypatch, failure):
+    x, y = problem()
+    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, **EVERY_STEP))
+    model.train_on_batch(x, y)
+    before = state(model)
+    sound = state_module.approximate_terms
+
+    def broken(a, g, method, **options):
+        terms = sound(a, g, method, **options)
+        return tuple(tuple(FAILURES[failure](*pair)) for pair in terms) if a.shape[-1] == 5 else terms
+
+    monkeypatch.setattr(state_module, "approximate_terms", broken)
+    state_module._kernels.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="'dense0'"):
+            model.train_on_batch(*problem(seed=1))
+    finally:
+        state_module._kernels.cache_clear()
+    after = state(model)
+    kept = [name for name in before if "dense0" in name and name.endswith(("_A", "_G", "_refreshes"))]
+    # The last layer's G is a constant for squared error.
+    moved = [name for name in before if "out" in name and name.endswith(("_A", "_refreshes"))]
+    assert (len(kept), len(moved)) == (3, 2)
+    assert all(np.array_equal(before[name], after[name]) for name in kept)
+    assert all(not np.array_equal(before[name], after[name]) for name in moved)
+    assert all(np.isfinite(values).all() for values in after.values())
+
+
+@pytest.mark.parametrize("method", ["kfac", "kpsvd", "lanczos", "kfac_corrected"])
+def test_layers_without_information_leave_every_weight_finite(method):
+    """One output unit, a batch of one, a perfect fit, then a dead ReLU layer; nothing needs a warning."""
+    keras.utils.set_random_seed(0)
+    hidden = KPSVDDense(3, activation="relu")
+    model = keras.Sequential([keras.Input((4,)), hidden, KPSVDDense(1)])
+    compiled(model, KPSVD(method=method, **EVERY_STEP))
+    x, y = problem(sizes=(4, 1), dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.train_on_batch(x, y)
+        model.train_on_batch(x[:1], y[:1])
+        model.train_on_batch(x, model.predict_on_batch(x))
+        hidden.bias.assign([-100.0, -100.0, -100.0])
+        loss = [model.train_on_batch(x, y) for _ in range(4)]
+    assert all(np.isfinite(values).all() for values in state(model).values())
+    assert loss[-1] < loss[0]  # The output's bias still learns.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_dead_from_the_start_is_finite(method):
+    """Zero factors from the first refresh on."""
+    model = tanh_network(dtype="float32")
+    for layer in model.layers:
+        layer.activation = keras.activations.relu
+        layer.bias.assign(np.full(layer.units, -100.0))
+    compiled(model, KPSVD(method=method, fisher="empirical", **EVERY_STEP))
+    before = matrices(model)
+    x, y = problem(dtype="float32")
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    for one, other in zip(matrices(model), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hundred_refreshes_run(method):
+    x, y = problem(dtype="float32")
+    options = {"learning_rate": 0.1, "damping": 1e-2, "kl_clip": 0.1}
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method=method, seed=0, **options, **EVERY_STEP))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        losses = [model.train_on_batch(x, y) for _ in range(100)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.1 * losses[0]
+    counts = [v.numpy() for v in model.optimizer.variables if v.name.endswith("_refreshes")]
+    assert counts == [100, 100]
+    assert variable(model.optimizer, "updates") == 100
+
+
+def test_an_error_in_the_forward_pass_does_not_poison_the_next_step():
+    """The abandoned pass is closed by the next one, whose step is the one it would have been."""
+    results = []
+    for fails in (False, True):
+        x, y = problem(dtype="float32")
+        model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", seed=1))
+        if fails:
+            with pytest.raises(ValueError), tf.GradientTape():
+                model(2 * x, training=True)
+                raise ValueError("in the user's loss")
+        model.train_on_batch(x, y)
+        results.append(state(model))
+    assert_same(*results)
