@@ -101,7 +101,7 @@ def exact_cotangents(head: Head) -> tf.Tensor:
     """Cotangents `[k, batch, ...]` whose outer products sum to `κ E_y[∇log p ∇log pᵀ]`: no target is drawn.
 
     For "bernoulli" and "normal" one for each output, `√(p(1−p)) e_i` and `√2 e_i`; for "categorical" one for each class
-    at each position, `√p_i (p − e_i)`.
+    at each position, `√p_i (p − e_i)`; by logits, and by the chain rule where the outputs are probabilities.
 
     Raises:
         ValueError: more than `MAX_EXACT` outputs per example, or a callable likelihood.
@@ -128,7 +128,7 @@ def exact_cotangents(head: Head) -> tf.Tensor:
         probabilities = tf.clip_by_value(outputs, keras.config.epsilon(), 1 - keras.config.epsilon())
         deviation = tf.math.rsqrt(probabilities * (1 - probabilities))
     else:
-        probabilities = tf.nn.softmax(outputs) if head.logits else outputs
+        probabilities, total = _class_probabilities(head, outputs)
         probabilities = tf.clip_by_value(probabilities, keras.config.epsilon(), 1.0)
         classes = outputs.shape[-1]
         unit = tf.eye(classes, dtype=outputs.dtype)
@@ -136,7 +136,9 @@ def exact_cotangents(head: Head) -> tf.Tensor:
             # ∂(−log p_i)/∂z = p − e_i, drawn with probability p_i; axis 1 runs over i.
             each = tf.sqrt(probabilities)[..., None] * (probabilities[..., None, :] - unit)
         else:
-            each = -unit * tf.math.rsqrt(probabilities)[..., None]
+            # −log(o_i/Σo) has the gradient (1 − e_i/p_i)/Σo.
+            root = tf.sqrt(probabilities)[..., None]
+            each = (root - unit / root) / total[..., None]
         positions = width // classes
         each = tf.reshape(each, [-1, positions, classes, classes])
         spread = tf.einsum("npij,pq->pinqj", each, tf.eye(positions, dtype=outputs.dtype))
@@ -179,11 +181,13 @@ def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: 
         p = tf.sigmoid(outputs) if head.logits else tf.clip_by_value(outputs, tiny, 1 - tiny)
         variance = p * (1 - p)
         images = stacked * variance if head.logits else stacked / variance
-    elif head.logits:
-        p = tf.nn.softmax(outputs)
-        images = p * (stacked - tf.reduce_sum(p * stacked, axis=-1, keepdims=True))
     else:
-        images = stacked / tf.clip_by_value(outputs, tiny, 1.0)
+        p, total = _class_probabilities(head, outputs)
+        if head.logits:
+            images = p * (stacked - tf.reduce_sum(p * stacked, axis=-1, keepdims=True))
+        else:
+            images = stacked / tf.clip_by_value(p, tiny, 1.0) - tf.reduce_sum(stacked, axis=-1, keepdims=True)
+            images /= tf.square(total)
     count = len(tangents)
     one, other = tf.reshape(stacked, [count, -1]), tf.reshape(images, [count, -1])
     products = tf.matmul(one, other, transpose_b=True) / tf.cast(tf.maximum(tf.shape(outputs)[0], 1), outputs.dtype)
@@ -237,6 +241,15 @@ def _leaf(head: Head) -> tf.Tensor:
     """The outputs as a constant, in float32 at least."""
     outputs = head.outputs if head.outputs.dtype == tf.float64 else tf.cast(head.outputs, tf.float32)
     return tf.stop_gradient(outputs)
+
+
+def _class_probabilities(head: Head, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Probabilities of the classes, and the sums `[..., 1]` that Keras's losses divide outputs by to have them."""
+    if head.logits:
+        return tf.nn.softmax(outputs), tf.ones_like(outputs[..., :1])
+    total = tf.reduce_sum(outputs, axis=-1, keepdims=True)
+    total = tf.maximum(total, tf.constant(keras.config.epsilon(), outputs.dtype))
+    return outputs / total, total
 
 
 def _weighted(head: Head, cotangent: tf.Tensor, batch_axis: int = 0) -> tf.Tensor:

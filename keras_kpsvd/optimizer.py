@@ -22,6 +22,7 @@ from keras_kpsvd.reporting import warn_of_layers, warn_when_run
 
 INITIAL_DAMPING = 0.1
 PLAIN_RATE = 0.01
+SVD_ROWS = 128
 
 
 class _Proposal(NamedTuple):
@@ -76,7 +77,8 @@ class KPSVD(keras.optimizers.SGD):
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
             negative log-density is the squared error) name it; or a callable from the model's output to a
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
-        fisher_batch_size: rows of each batch used for the factors; None: all of them.
+        fisher_batch_size: rows of each batch used for the factors. None: all of them for "kfac", at most 128 for the other
+            methods, whose exact triples cost the cube of that number.
         indefinite: what divides by `1 + x` where the second term makes the damped sum indefinite: "absolute" `1 + |x|`
             everywhere, which never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|`
             elsewhere.
@@ -314,7 +316,8 @@ class KPSVD(keras.optimizers.SGD):
 
         def refresh() -> tf.Tensor:
             gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
-            samples = layer_samples(forward_pass, gradients, self.fisher_batch_size)
+            rows = self.fisher_batch_size or (None if self.method == "kfac" else SVD_ROWS)
+            samples = layer_samples(forward_pass, gradients, rows)
             present = [block for block in blocks if block.layer in samples]
             results = [block.refresh(samples[block.layer]) for block in present]
             _assign_last(

@@ -32,7 +32,7 @@ def test_a_bad_argument_is_refused_by_name(argument, value):
 
 
 def test_nesterov_is_refused_with_the_adaptive_rate():
-    with pytest.raises(ValueError, match="`nesterov`.*`learning_rate`"):
+    with pytest.raises(ValueError, match=r"`nesterov`.*`learning_rate`"):
         KPSVD(nesterov=True)
     KPSVD(nesterov=True, learning_rate=0.1)
 

@@ -65,7 +65,7 @@ def test_the_rules_for_indefinite_sums_differ_on_this_problem(method):
 @pytest.mark.parametrize("learning_rate", [1.0, "adaptive"])
 @pytest.mark.parametrize("method", METHODS)
 def test_on_kronecker_exact_curvature_one_undamped_step_is_newtons(method, learning_rate):
-    """One linear layer, squared error: `F = E[āāᵀ] ⊗ I·2/c` exactly, and Newton's step ends at the least squares fit."""
+    """One linear layer, squared error: `F = E[āāᵀ] ⊗ I·2/c` exactly; Newton's step ends at the least squares fit."""
     x, y = problem(rows=20, sizes=(4, 2))
     model = tanh_network((4, 2))
     compiled(model, KPSVD(**{**PLAIN, "learning_rate": learning_rate, "damping": 1e-12}, method=method))

@@ -16,15 +16,19 @@ from keras_kpsvd.curvature.samples import Samples
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import (
     all_finite,
+    apply_corrected,
     apply_one_term,
-    apply_two_term,
+    correction_rank,
     factor_damping,
     invert_one_term,
-    joint_eigenbasis,
+    one_term_and_correction,
 )
 
 # A decomposition is trusted when it reproduces a probe vector to this part of the sizes that went into it.
 PROBE_TOLERANCE = 1e-2
+
+# Eigenpairs of the second term kept on either side; a factor of up to twice as many rows keeps all of its own.
+CORRECTION_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,17 @@ class LayerCurvature:
         names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
         self.factors = [(add((d_in, d_in), a), add((d_out, d_out), g)) for a, g in names]
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
+        self.preconditioner = [
+            add((d_in, d_in), "A_inverse", "identity"),
+            add((d_out, d_out), "G_inverse", "identity"),
+        ]
         if self.two_term:
-            self.preconditioner = [
-                add((d_in, d_in), "K1", "identity"),
-                add((d_out, d_out), "K2", "identity"),
-                add((d_in,), "s1"),
-                add((d_out,), "s2"),
-            ]
-        else:
-            self.preconditioner = [
-                add((d_in, d_in), "A_inverse", "identity"),
-                add((d_out, d_out), "G_inverse", "identity"),
+            r_in, r_out = (correction_rank(size, CORRECTION_RANK) for size in (d_in, d_out))
+            self.preconditioner += [
+                add((d_in, r_in), "K1"),
+                add((d_out, r_out), "K2"),
+                add((r_in,), "s1"),
+                add((r_out,), "s2"),
             ]
 
     def refresh(self, samples: Samples) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -116,7 +120,7 @@ class LayerCurvature:
         tensors = [tf.convert_to_tensor(variable) for variable in self.preconditioner]
         matrix = tf.cast(matrix, tensors[0].dtype)
         if self.two_term:
-            return apply_two_term(*tensors, matrix, indefinite=self.options.indefinite)
+            return apply_corrected(*tensors, matrix, indefinite=self.options.indefinite)
         return apply_one_term(*tensors, matrix)
 
 
@@ -140,7 +144,9 @@ def _refresh(
     finite = all_finite(activations, gradients)
     # Decompositions raise on NaN in graph mode: they never see one.
     activations, gradients = (tf.where(finite, value, tf.zeros_like(value)) for value in (activations, gradients))
-    new = approximate_terms(activations, gradients, options.method, symmetric=True)
+    # The Gram route where there is one: exact, and the rows of a refresh are few.
+    route = "gram" if activations.shape[1] == 1 else "auto"
+    new = approximate_terms(activations, gradients, options.method, symmetric=True, route=route)
     factorwise = options.method in ("kfac", "kfac_corrected")
     trace = None
     weight = average_weight(count, options.factor_decay)
@@ -164,11 +170,13 @@ def _invert(
     lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), options.damping_rule)
     # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
     lam_a, lam_g = (tf.where(known, value, tf.ones_like(value)) for value in (lam_a, lam_g))
-    two_term = len(terms) == 2
-    new = joint_eigenbasis(a, g, *terms[1], lam_a, lam_g) if two_term else invert_one_term(a, g, lam_a, lam_g)
-    good = all_finite(*new)
-    for factor, lam, inverse in ((a, lam_a, new[0]), (g, lam_g, new[1])):
-        good &= _inverts(inverse, factor, lam, square=two_term)
+    if len(terms) == 2:
+        new = one_term_and_correction(a, g, *terms[1], lam_a, lam_g, CORRECTION_RANK)
+    else:
+        new = invert_one_term(a, g, lam_a, lam_g)
+    good = all_finite(*new) & _inverts(new[0], a, lam_a) & _inverts(new[1], g, lam_g)
+    if len(terms) == 2:
+        good &= _orthonormalises(new[2], a, lam_a) & _orthonormalises(new[3], g, lam_g)
     values = [tf.where(known & good, now, before) for now, before in zip(new, old, strict=True)]
     return values, good | ~known
 
@@ -177,15 +185,27 @@ def _flatten(pairs: Any) -> list:
     return [factor for pair in pairs for factor in pair]
 
 
-def _inverts(inverse: tf.Tensor, factor: tf.Tensor, lam: tf.Tensor, *, square: bool) -> tf.Tensor:
-    """Whether `inverse` (or `K Kᵀ` with `K = inverse` if `square`) solves with `factor + λI`, to a backward error.
+def _probe(size: int, dtype: tf.DType) -> tf.Tensor:
+    return tf.cast(tf.cos(tf.range(size, dtype=tf.float32) * 2.4), dtype)[:, None]
+
+
+def _inverts(inverse: tf.Tensor, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """Whether `inverse` solves with `factor + λI`, to a backward error.
 
     The residual of one probe vector is measured against the sizes that made it (Rigal & Gaches 1967), so that an
     ill-conditioned factor is not taken for a failure.
     """
-    size = factor.shape[0]
-    probe = tf.cast(tf.cos(tf.range(size, dtype=tf.float32) * 2.4), factor.dtype)[:, None]
-    solution = tf.matmul(inverse, tf.matmul(inverse, probe, transpose_a=True)) if square else tf.matmul(inverse, probe)
+    probe = _probe(factor.shape[0], factor.dtype)
+    solution = tf.matmul(inverse, probe)
     residual = tf.norm(tf.matmul(factor, solution) + lam * solution - probe)
     sizes = (tf.norm(factor) + lam) * tf.norm(solution) + tf.norm(probe)
     return residual <= PROBE_TOLERANCE * sizes
+
+
+def _orthonormalises(basis: tf.Tensor, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """Whether `Kᵀ (factor + λI) K = I`, likewise."""
+    probe = _probe(basis.shape[1], basis.dtype)
+    image = tf.matmul(basis, probe)
+    damped = tf.matmul(factor, image) + lam * image
+    residual = tf.norm(tf.matmul(basis, damped, transpose_a=True) - probe)
+    return residual <= PROBE_TOLERANCE * (tf.norm(basis) * tf.norm(damped) + tf.norm(probe))

@@ -18,6 +18,8 @@ class KPSVDDense(RecordingLayer, keras.layers.Dense):
     the axis `shared` of the samples. `jit_compile=True` is refused by Keras for models that hold one, since XLA has no
     fast decompositions on the CPU and the optimizer compiles its own kernels.
 
+    Between models of the two layers weights move by `set_weights`; Keras's weight files hold the names of classes.
+
     A layer with LoRA or a quantized kernel computes as `Dense` does and trains by plain momentum.
 
     Args:

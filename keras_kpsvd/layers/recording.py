@@ -91,6 +91,11 @@ class Recorder:
         self.always = always
         self._local = threading.local()
 
+    def __del__(self):
+        # An open tape would stay on its thread for good.
+        with contextlib.suppress(Exception):
+            self.discard()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within it, training-mode calls are not recorded."""
@@ -237,7 +242,7 @@ class RecordingLayer:
 
     def _activate(self, inputs: tf.Tensor, preactivation: tf.Tensor, training: Any) -> tf.Tensor:
         """The layer's activation of `preactivation`, reported on the way in training."""
-        recorders = [reference() for reference in self._recorders] if training is True else []
+        recorders = [reference() for reference in self._recorders] if self._in_training(training) else []
         recorders = [recorder for recorder in recorders if recorder is not None and tf.is_tensor(preactivation)]
         for recorder in recorders:
             recorder.record(self, inputs, preactivation)
@@ -245,6 +250,12 @@ class RecordingLayer:
         for recorder in recorders:
             recorder.record_output(preactivation, output)
         return output
+
+    def _in_training(self, training: Any) -> bool:
+        if training is None:
+            # Stock `train_step` cannot tell a model whose `call` has no argument `training`, and calls it without one.
+            return not getattr(self._get_call_context().entry_layer, "_call_has_training_arg", True)
+        return training is True
 
     def claim(self) -> None:
         """Writes the layer's name into its kernel, so that an optimizer that sees only variables finds the layer."""

@@ -20,6 +20,9 @@ import tensorflow as tf
 from keras_kpsvd.linalg.scaling import all_finite, as_scalar
 from keras_kpsvd.linalg.triples import epsilon
 
+# Passes of subspace iteration: the Rayleigh quotients are quadratically better than the subspace they are taken in.
+SUBSPACE_STEPS = 3
+
 IndefiniteRule = Literal["reflect", "absolute"]
 INDEFINITE_RULES: tuple[str, ...] = get_args(IndefiniteRule)
 
@@ -105,6 +108,77 @@ def joint_eigenbasis(
     K1, s1 = _joint_basis(damped_cholesky(A, lam_A), P)
     K2, s2 = _joint_basis(damped_cholesky(G, lam_G), Q)
     return K1, K2, s1, s2
+
+
+def one_term_and_correction(
+    A: tf.Tensor,
+    G: tf.Tensor,
+    P: tf.Tensor,
+    Q: tf.Tensor,
+    lam_A: float | tf.Tensor,
+    lam_G: float | tf.Tensor,
+    rank: int,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The two-term inverse as the one-term inverse and a correction in the directions where the second term is large.
+
+    Of the eigenpairs of `L_A⁻¹ P L_A⁻ᵀ` and `L_G⁻¹ Q L_G⁻ᵀ` the `rank` of largest magnitude are kept, found by subspace
+    iteration, the others are taken to be zero: there the second term is neglected. Exact up to rounding where neither
+    has more than `rank` eigenvalues that are not zero, and always for factors of up to `2 · rank` rows, for which all
+    pairs are computed. (P of one batch has at most as many as the batch has examples.) The cost is that of the one-term
+    inverse plus `O(rank · d²)`, where `joint_eigenbasis` takes an `eigh` of either whole factor.
+
+    Args:
+        A: `[d_in, d_in]`, symmetric positive semi-definite up to rounding.
+        G: `[d_out, d_out]`, likewise.
+        P: `[d_in, d_in]`, symmetric, any eigenvalues.
+        Q: `[d_out, d_out]`, likewise.
+        lam_A: λ_A, non-negative scalar.
+        lam_G: λ_G.
+        rank: How many eigenpairs to keep on either side, at least 1.
+
+    Returns:
+        `(A_inv, G_inv, K1 [d_in, r_in], K2 [d_out, r_out], s1 [r_in], s2 [r_out])` for `apply_corrected`; see
+        `correction_rank` for `r_in`, `r_out`. NaN where the input is not finite.
+    """
+    factor_a, factor_g = damped_cholesky(A, lam_A), damped_cholesky(G, lam_G)
+    K1, s1 = _leading_joint_basis(factor_a, P, rank)
+    K2, s2 = _leading_joint_basis(factor_g, Q, rank)
+    return _inverse(factor_a), _inverse(factor_g), K1, K2, s1, s2
+
+
+def correction_rank(d: int, rank: int) -> int:
+    """How many eigenpairs `one_term_and_correction` keeps for a factor of `d` rows."""
+    return d if d <= 2 * rank else rank
+
+
+def apply_corrected(
+    A_inv: tf.Tensor,
+    G_inv: tf.Tensor,
+    K1: tf.Tensor,
+    K2: tf.Tensor,
+    s1: tf.Tensor,
+    s2: tf.Tensor,
+    V: tf.Tensor,
+    indefinite: IndefiniteRule = "absolute",
+) -> tf.Tensor:
+    """`A⁻¹VG⁻¹ + K1 [(K1ᵀ V K2) ∘ (1/φ(s1 s2ᵀ) − 1)] K2ᵀ`: what `apply_two_term` gives with all other eigenvalues zero.
+
+    Args:
+        A_inv: `[d_in, d_in]`, from `one_term_and_correction`, as the others.
+        G_inv: `[d_out, d_out]`.
+        K1: `[d_in, r_in]`.
+        K2: `[d_out, r_out]`.
+        s1: `[r_in]`.
+        s2: `[r_out]`.
+        V: `[d_in, d_out]`.
+        indefinite: See `two_term_denominators`.
+
+    Returns:
+        `[d_in, d_out]`, a positive definite function of `V`: in the joint basis it divides by `φ > 0`, or by 1.
+    """
+    rotated = tf.matmul(tf.matmul(K1, V, transpose_a=True), K2)
+    factors = 1 / two_term_denominators(s1[:, tf.newaxis] * s2[tf.newaxis, :], indefinite) - 1
+    return apply_one_term(A_inv, G_inv, V) + tf.matmul(K1, tf.matmul(rotated * factors, K2, transpose_b=True))
 
 
 def apply_one_term(A_inv: tf.Tensor, G_inv: tf.Tensor, V: tf.Tensor) -> tf.Tensor:
@@ -221,3 +295,32 @@ def _joint_basis(factor: tf.Tensor, matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     nan = tf.constant(float("nan"), factor.dtype)
     basis = tf.linalg.triangular_solve(factor, vectors, adjoint=True)
     return tf.where(finite, basis, nan), tf.where(finite, eigenvalues, nan)
+
+
+def _leading_joint_basis(factor: tf.Tensor, matrix: tf.Tensor, rank: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """`(K [d, r], s [r])`: the eigenpairs of `L⁻¹ M L⁻ᵀ` of largest magnitude, as columns of `L⁻ᵀ E`.
+
+    Subspace iteration with Rayleigh–Ritz (Golub & Van Loan, section 8.2.4) from a fixed random start, eight columns
+    wider than asked; the matrix is only ever applied.
+    """
+    d, dtype = matrix.shape[-1], matrix.dtype
+    if correction_rank(d, rank) == d:
+        return _joint_basis(factor, matrix)
+    finite = all_finite(factor, matrix)
+    factor = tf.where(finite, factor, tf.eye(d, dtype=dtype))
+    matrix = tf.where(finite, matrix, tf.zeros_like(matrix))
+
+    def apply(columns):
+        image = tf.matmul(matrix, tf.linalg.triangular_solve(factor, columns, adjoint=True))
+        return tf.linalg.triangular_solve(factor, image)
+
+    columns = tf.random.stateless_normal([d, rank + 8], [1993, 2023], dtype=dtype)
+    for _ in range(SUBSPACE_STEPS):
+        columns = tf.linalg.qr(apply(columns)).q
+    small = tf.matmul(columns, apply(columns), transpose_a=True)
+    eigenvalues, vectors = tf.linalg.eigh(0.5 * (small + tf.transpose(small)))
+    order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[:rank]
+    kept = tf.matmul(columns, tf.gather(vectors, order, axis=1))
+    basis = tf.linalg.triangular_solve(factor, kept, adjoint=True)
+    nan = tf.constant(float("nan"), dtype)
+    return tf.where(finite, basis, nan), tf.where(finite, tf.gather(eigenvalues, order), nan)

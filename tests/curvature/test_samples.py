@@ -7,6 +7,8 @@ import tensorflow as tf
 
 import keras_kpsvd
 from keras_kpsvd import KPSVDDense, fisher_samples
+from keras_kpsvd.curvature.samples import layer_samples, pass_heads, preactivation_gradients
+from keras_kpsvd.layers import Recorder, RecordingLayer
 from tests import reference
 
 
@@ -111,13 +113,14 @@ def _logits(model):
     return bare
 
 
-def _gauss_newton(model, x, y):
+def _gauss_newton(model, x, y, sample_weight=None):
     """Dense Gauss–Newton blocks `Jᵀ H J` of the compiled loss, the Hessian by differentiating the loss twice."""
     bare, activation = _logits(model), model.layers[-1].activation
     z = tf.Variable(bare(x))
     with tf.GradientTape() as outer:
         with tf.GradientTape() as inner:
-            loss = model.compute_loss(x=x, y=tf.constant(y), y_pred=activation(tf.convert_to_tensor(z)))
+            y_pred = activation(tf.convert_to_tensor(z))
+            loss = model.compute_loss(x=x, y=tf.constant(y), y_pred=y_pred, sample_weight=sample_weight)
         slope = inner.gradient(loss, z)
     size = int(tf.size(z))
     hessian = tf.reshape(outer.jacobian(slope, z), [size, size]).numpy().astype("float64")
@@ -156,7 +159,7 @@ def test_sampled_fisher_is_the_gauss_newton_matrix_on_average(name):
 
 
 def test_duplicated_outputs_and_examples_scale_as_the_mean_does():
-    """MSE over twice the same outputs is the same function of the hidden layer; so is a batch that holds each example twice."""
+    """MSE over twice the same outputs is the same function of the hidden layer, and so is a batch with repeats."""
     model, x, _ = _problem("mse")
     wide = _model(None, units=6)
     wide.compile(loss="mse")
@@ -248,6 +251,101 @@ def test_several_outputs_add_their_curvatures_with_their_weights():
     np.testing.assert_allclose(reference.fisher(*(p.numpy() for p in samples)), expected, rtol=1e-4, atol=1e-7)
 
 
+def _recorded(model, x, y, sample_weight=None, **recorder):
+    """A pass as `train_step` leaves it behind, with `compute_loss` called on the outputs."""
+    recorder = Recorder(**recorder)
+    for layer in model.layers:
+        if isinstance(layer, RecordingLayer):
+            layer.attach(recorder)
+    with tf.GradientTape():
+        outputs = model(x, training=True)
+        model.compute_loss(x=x, y=tf.constant(y), y_pred=outputs, sample_weight=sample_weight)
+    return recorder.take()
+
+
+def _samples_of(forward_pass, fisher, rows=None):
+    heads = pass_heads(forward_pass, "auto")
+    gradients = preactivation_gradients(forward_pass, heads, fisher, tf.constant([0, 0]))
+    return {layer.name: samples for layer, samples in layer_samples(forward_pass, gradients, rows).items()}
+
+
+@pytest.mark.parametrize("name", ["bce", "categorical", "categorical_logits_sum", "mse", "mse_sum"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_sample_weights_weigh_the_curvature_as_they_weigh_the_loss(name, sequence):
+    model, x, y = _problem(name, sequence=sequence)
+    weights = np.random.default_rng(5).uniform(0, 2, (6, 4) if sequence else (6,)).astype("float32")
+    forward_pass = _recorded(model, x, y, weights, persistent=True)
+    expected = _gauss_newton(model, x, y, weights)
+    for layer, (a, g) in _samples_of(forward_pass, "exact").items():
+        fisher = reference.fisher(a.numpy(), g.numpy())
+        assert np.linalg.norm(fisher - expected[layer]) <= 1e-4 * np.linalg.norm(expected[layer])
+
+
+def test_masked_positions_have_no_curvature_and_the_others_the_more():
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((4, 5)), KPSVDDense(4, activation="tanh", name="hidden"), KPSVDDense(3, name="out")]
+    model = keras.Sequential([layers[0], keras.layers.Masking(0.0), *layers[1:]])
+    model.compile(loss="mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4, 5)).astype("float32"), rng.normal(size=(6, 4, 3)).astype("float32")
+    kept = rng.random((6, 4)) < 0.6
+    x[~kept] = 0
+    plain = keras.Sequential(layers)
+    plain.compile(loss="mse")
+    # Keras divides by the number of positions that are left.
+    expected = _gauss_newton(plain, x, y, (kept * kept.size / kept.sum()).astype("float32"))
+    for layer, (a, g) in fisher_samples(model, x, fisher="exact").items():
+        fisher = reference.fisher(a.numpy(), g.numpy())
+        assert np.linalg.norm(fisher - expected[layer]) <= 1e-4 * np.linalg.norm(expected[layer])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("name", "averaged"), [("bce", 3), ("categorical", 1), ("mse", 3), ("mse_sum", 3)])
+def test_empirical_samples_are_the_scores_at_the_actual_targets(name, averaged, weighted):
+    """`E[vec(D) vec(D)ᵀ]` is the mean of `κ ∇(−log p) ∇(−log p)ᵀ`; a loss is `−log p` over what it averages."""
+    model, x, y = _problem(name)
+    weights = np.random.default_rng(5).uniform(0, 2, 6).astype("float32") if weighted else np.ones(6, "float32")
+    weights[2] = 0 if weighted else 1
+    forward_pass = _recorded(model, x, y, weights if weighted else None, keep_loss=True)
+    expected = {layer.name: 0.0 for layer in model.layers}
+    for n in range(6):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x=x[n : n + 1], y=tf.constant(y[n : n + 1]), y_pred=model(x[n : n + 1]))
+        gradients = tape.gradient(loss, [layer.trainable_variables for layer in model.layers])
+        for layer, parts in zip(model.layers, gradients, strict=True):
+            score = averaged * _layer_matrix(layer, *(part.numpy() for part in parts)).reshape(-1)
+            kappa = weights[n] / averaged * (6 if "sum" in name else 1)
+            expected[layer.name] = expected[layer.name] + kappa * np.outer(score, score) / 6
+    for layer, (a, g) in _samples_of(forward_pass, "empirical").items():
+        np.testing.assert_allclose(reference.fisher(a.numpy(), g.numpy()), expected[layer], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_the_first_rows_of_a_batch_are_those_of_all_of_them(fisher):
+    model, x, y = _problem("mse")
+    forward_pass = _recorded(model, x, y, persistent=True, keep_loss=True)
+    whole, part = (_samples_of(forward_pass, fisher, rows) for rows in (None, 4))
+    for layer in whole:
+        for every, first in zip(whole[layer], part[layer], strict=True):
+            blocks = every.numpy().reshape(-1, 6, *every.shape[1:])[:, :4]
+            np.testing.assert_array_equal(first, blocks.reshape(-1, *every.shape[1:]))
+
+
+def test_empirical_samples_need_the_loss_and_one_output():
+    model, x, _ = _problem("mse")
+    recorder = Recorder(always=True, persistent=True)
+    for layer in model.layers:
+        layer.attach(recorder)
+    model(x, training=True)
+    forward_pass = recorder.take()
+    heads = pass_heads(forward_pass, "auto")
+    with pytest.raises(ValueError, match=r"`fisher`='empirical' needs the loss"):
+        preactivation_gradients(forward_pass, heads, "empirical", tf.constant([0, 0]))
+    forward_pass.loss = tf.constant(1.0)
+    with pytest.raises(ValueError, match=r"one output. Received 2"):
+        preactivation_gradients(forward_pass, heads * 2, "empirical", tf.constant([0, 0]))
+
+
 def test_errors_say_what_is_missing():
     model = _model("sigmoid")
     x = np.zeros((2, 5), "float32")
@@ -260,5 +358,9 @@ def test_errors_say_what_is_missing():
     plain.compile(loss="mse")
     with pytest.raises(ValueError, match="instrumented layer"):
         fisher_samples(plain, x)
-    with pytest.raises(ValueError, match="fisher"):
+    with pytest.raises(ValueError, match="`fisher` must be one of"):
         fisher_samples(model, x, fisher="true")
+    with pytest.raises(ValueError, match=r"`fisher`='empirical' needs targets"):
+        fisher_samples(model, x, fisher="empirical")
+    with pytest.raises(ValueError, match="`likelihood` must be one of"):
+        fisher_samples(model, x, likelihood="gaussian")

@@ -92,7 +92,7 @@ def test_recompressing_reaches_the_dense_optimum(seed, d_in, d_out, k):
     terms = [(_symmetric(rng, d_in), _symmetric(rng, d_out)) for _ in range(4)]
     dense, short = reference.kronecker_sum(terms), linalg.recompress(terms, k)
     error = np.linalg.norm(dense - reference.kronecker_sum(short.terms))
-        # The r × r part of `recompress` resolves terms down to √eps of float64, as its docstring says.
+    # The r × r part of `recompress` resolves terms down to √eps of float64, as its docstring says.
     assert error <= reference.optimum_error(dense, d_in, d_out, k) + 3e-8 * np.linalg.norm(dense)
     for left, right in short.terms:
         np.testing.assert_array_equal(left, np.transpose(left))

@@ -141,3 +141,74 @@ def test_absolute_values_of_the_two_spectra_apart_would_be_another_matrix():
     basis = linalg.joint_eigenbasis(*mixed[0], *mixed[1], 0.1, 0.1)
     exact = reference.damped_solve(mixed, matrix, 0.1, "factor")
     np.testing.assert_allclose(linalg.apply_two_term(*basis, matrix, "reflect"), exact, rtol=1e-9)
+
+
+def _low_rank(rng, d, rank):
+    basis = np.linalg.qr(rng.standard_normal((d, rank)))[0]
+    return basis * (rng.uniform(0.2, 1, rank) * rng.choice([-1, 1], rank)) @ basis.T
+
+
+def _second_moment(rng, d):
+    rows = rng.standard_normal((3 * d, d))
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("rule", ["reflect", "absolute"])
+@pytest.mark.parametrize("ranks", [(5, 7), (7, 1)])
+def test_the_corrected_inverse_is_the_whole_one_where_the_second_term_has_the_rank(rule, ranks):
+    rng = np.random.default_rng(6)
+    d_in, d_out = 31, 18
+    A, G = _second_moment(rng, d_in), _second_moment(rng, d_out)
+    P, Q = _low_rank(rng, d_in, ranks[0]), _low_rank(rng, d_out, ranks[1])
+    lam_A, lam_G = 0.3, 0.2
+    matrix = rng.standard_normal((d_in, d_out))
+    parts = linalg.one_term_and_correction(A, G, P, Q, lam_A, lam_G, rank=7)
+    assert parts[2].shape[1] == 7 and parts[3].shape[1] == 7  # neither factor keeps all of its own
+    result = linalg.apply_corrected(*parts, matrix, rule)
+    dense = np.kron(A + lam_A * np.eye(d_in), G + lam_G * np.eye(d_out)) + np.kron(P, Q)
+    whole = linalg.apply_two_term(*linalg.joint_eigenbasis(A, G, P, Q, lam_A, lam_G), matrix, rule)
+    np.testing.assert_allclose(result, whole, rtol=1e-8, atol=1e-9)
+    if rule == "reflect" and np.linalg.eigvalsh(dense)[0] > 0:
+        np.testing.assert_allclose(
+            tf.reshape(result, [-1]), np.linalg.solve(dense, matrix.ravel()), rtol=1e-8, atol=1e-9
+        )
+
+
+def test_the_correction_keeps_the_eigenpairs_of_largest_magnitude():
+    rng = np.random.default_rng(7)
+    d, rank = 40, 6
+    A, values = _second_moment(rng, d), np.array([*np.linspace(3, 2, 3), *np.linspace(-3, -2, 3), *np.full(34, 0.01)])
+    basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    damped = A + 0.1 * np.eye(d)
+    root = np.linalg.cholesky(damped)
+    P = root @ (basis * values) @ basis.T @ root.T
+    _, _, K, _, s, _ = linalg.one_term_and_correction(A, A, P, P, 0.1, 0.1, rank)
+    np.testing.assert_allclose(np.sort(s), np.sort(values[:rank]), rtol=1e-5)
+    expected = np.linalg.inv(root).T @ (basis[:, :rank] * values[:rank]) @ basis[:, :rank].T @ np.linalg.inv(root)
+    np.testing.assert_allclose((K * s).numpy() @ K.numpy().T, expected, atol=1e-4 * np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("rule", ["reflect", "absolute"])
+def test_the_corrected_inverse_is_positive_definite_for_indefinite_sums(rule):
+    rng = np.random.default_rng(8)
+    d_in, d_out, rank = 9, 7, 2
+    indefinite = 0
+    for _ in range(50):
+        A, G = _second_moment(rng, d_in), _second_moment(rng, d_out)
+        P, Q = 10 * _low_rank(rng, d_in, d_in), _low_rank(rng, d_out, d_out)
+        dense = np.kron(A + 0.01 * np.eye(d_in), G + 0.01 * np.eye(d_out)) + np.kron(P, Q)
+        indefinite += np.linalg.eigvalsh(dense)[0] < 0
+        parts = linalg.one_term_and_correction(A, G, P, Q, 0.01, 0.01, rank)
+        inverse = reference.matrix_of(lambda V: linalg.apply_corrected(*parts, V, rule), d_in, d_out)  # noqa: B023
+        assert np.linalg.eigvalsh(0.5 * (inverse + inverse.T))[0] > 0
+        np.testing.assert_allclose(inverse, inverse.T, rtol=1e-8, atol=1e-8 * np.linalg.norm(inverse))
+    assert indefinite > 25
+
+
+def test_the_correction_of_zero_and_of_nan_terms():
+    A = np.eye(20)
+    zero = np.zeros((20, 20))
+    parts = linalg.one_term_and_correction(A, A, zero, zero, 1.0, 1.0, 4)
+    np.testing.assert_allclose(linalg.apply_corrected(*parts, np.ones((20, 20))), np.full((20, 20), 0.25))
+    parts = linalg.one_term_and_correction(A, A, zero * np.nan, zero, 1.0, 1.0, 4)
+    assert not np.isfinite(parts[2]).any() and np.isfinite(parts[0]).all()

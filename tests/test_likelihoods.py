@@ -1,0 +1,405 @@
+"""Predictive distributions against NumPy densities, differentiated numerically and summed over all targets."""
+
+import itertools
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kpsvd import likelihoods
+from keras_kpsvd.likelihoods import Head, exact_cotangents, fisher_inner, heads, sampled_cotangent
+
+BATCH, WIDTH = 3, 3
+SEED = tf.constant([1, 2])
+
+
+def _log_softmax(z):
+    shifted = z - z.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def _log_bernoulli(z, y):
+    return np.sum(y * z - np.logaddexp(0, z))
+
+
+def _log_normal_pair(z, y):
+    """Mean and scale both learned: `z = (mean, log scale)`, side by side."""
+    mean, log_scale = np.split(z, 2, axis=-1)
+    return np.sum(-0.5 * ((y - mean) * np.exp(-log_scale)) ** 2 - log_scale)
+
+
+def normal_pair(z):
+    """The same as a callable likelihood."""
+    from tensorflow_probability import distributions as tfd
+
+    mean, log_scale = tf.split(z, 2, axis=-1)
+    return tfd.Normal(mean, tf.exp(log_scale))
+
+
+# Log-densities of one example, `log p(y | z)`; class targets are one-hot.
+DENSITIES = {
+    ("categorical", True): lambda z, y: np.sum(y * _log_softmax(z)),
+    ("categorical", False): lambda p, y: np.sum(y * np.log(p / p.sum(axis=-1, keepdims=True))),
+    ("bernoulli", True): _log_bernoulli,
+    ("bernoulli", False): lambda p, y: np.sum(y * np.log(p) + (1 - y) * np.log1p(-p)),
+    ("normal", False): lambda z, y: -np.sum((y - z) ** 2),
+    (normal_pair, False): _log_normal_pair,
+}
+NAMED = [key for key in DENSITIES if isinstance(key[0], str)]
+
+
+def _targets(family, z):
+    """All targets of one example with nodes and weights of the normal's own quadrature: sums over them are exact."""
+    if family == "categorical":
+        codes = np.eye(z.shape[-1])
+        for rows in itertools.product(codes, repeat=z.size // z.shape[-1]):
+            yield np.reshape(rows, z.shape), None
+    elif family == "bernoulli":
+        for bits in itertools.product([0.0, 1.0], repeat=z.size):
+            yield np.reshape(bits, z.shape), None
+    else:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(5)
+        weights = weights / weights.sum()
+        mean, scale = (z, 0.5**0.5) if family == "normal" else np.split(z, 2, axis=-1)
+        scale = scale if family == "normal" else np.exp(scale)
+        for picked in itertools.product(range(5), repeat=mean.size):
+            picked = np.reshape(picked, mean.shape)
+            yield mean + scale * nodes[picked], np.prod(weights[picked])
+
+
+def _score(density, z, y):
+    step = 1e-5
+    slopes = []
+    for unit in np.eye(z.size):
+        change = step * unit.reshape(z.shape)
+        slopes.append((density(z + change, y) - density(z - change, y)) / (2 * step))
+    return np.array(slopes)
+
+
+def _fisher(family, logits, z):
+    """`E_y[∇log p ∇log pᵀ]` of one example by enumeration of the targets."""
+    density = DENSITIES[family, logits]
+    total = 0.0
+    for y, probability in _targets(family, z):
+        probability = np.exp(density(z, y)) if probability is None else probability
+        score = _score(density, z, y)
+        total = total + probability * np.outer(score, score)
+    return total
+
+
+def _outputs(family, logits, sequence):
+    z = np.random.default_rng(0).normal(size=(BATCH, 2, 2) if sequence else (BATCH, WIDTH + callable(family)))
+    if logits or family == "normal" or callable(family):
+        return z
+    if family == "bernoulli":
+        return _sigmoid(z)
+    # Class probabilities need not add up to 1: Keras's losses divide by their sum.
+    return np.exp(_log_softmax(z)) * np.reshape([0.9, 0.7, 0.8], (-1,) + (1,) * (z.ndim - 1))
+
+
+def _weights(kind, sequence):
+    rng = np.random.default_rng(1)
+    return {"scalar": 0.25, "examples": rng.uniform(0.2, 2, BATCH), "positions": rng.uniform(0.2, 2, (BATCH, 2))}[kind]
+
+
+def _problem(family, logits, sequence, kind):
+    """A head and the weighted dense Fisher matrices at its outputs, `[batch, c, c]`."""
+    z, weight = _outputs(family, logits, sequence), _weights(kind, sequence)
+    spread = np.broadcast_to(np.reshape(weight, np.shape(weight) + (1,) * (z.ndim - np.ndim(weight))), z.shape)
+    root = np.sqrt(spread.reshape(BATCH, -1))
+    dense = np.stack([_fisher(family, logits, row) for row in z]) * root[:, :, None] * root[:, None, :]
+    return Head(tf.constant(z), family, logits, tf.constant(weight)), dense
+
+
+CASES = [
+    *((key, False, kind) for key in NAMED for kind in ("scalar", "examples")),
+    *((key, True, kind) for key in NAMED for kind in ("scalar", "positions")),
+]
+IDS = [
+    f"{key[0]}-{'logits' if key[1] else 'outputs'}-{'sequence' if seq else 'vector'}-{kind}" for key, seq, kind in CASES
+]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(("key", "sequence", "kind"), CASES, ids=IDS)
+def test_exact_cotangents_sum_to_the_fisher_matrix_over_all_targets(key, sequence, kind, graph):
+    head, dense = _problem(*key, sequence, kind)
+    if graph:
+        signature = [tf.TensorSpec([None, *head.outputs.shape[1:]], tf.float64)]
+        function = tf.function(lambda z: exact_cotangents(head._replace(outputs=z)), input_signature=signature)
+        cotangents = function(head.outputs).numpy()
+    else:
+        cotangents = exact_cotangents(head).numpy()
+    assert cotangents.shape[1:] == head.outputs.shape
+    flat = cotangents.reshape(len(cotangents), BATCH, -1)
+    np.testing.assert_allclose(np.einsum("kni,knj->nij", flat, flat), dense, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("key", "sequence", "kind"), CASES, ids=IDS)
+def test_fisher_inner_is_the_mean_quadratic_form(key, sequence, kind):
+    head, dense = _problem(*key, sequence, kind)
+    tangents = np.random.default_rng(2).normal(size=(3, *head.outputs.shape))
+    inner = fisher_inner(head, [tf.constant(tangent) for tangent in tangents], SEED)
+    flat = tangents.reshape(3, BATCH, -1)
+    expected = np.einsum("ani,nij,bnj->ab", flat, dense, flat) / BATCH
+    np.testing.assert_allclose(inner, expected, rtol=1e-5, atol=1e-6)
+
+
+def _repeated(head, repeats):
+    weight = head.weight if head.weight.shape.rank == 0 else tf.repeat(head.weight, repeats, axis=0)
+    return head._replace(outputs=tf.repeat(head.outputs, repeats, axis=0), weight=weight)
+
+
+@pytest.mark.parametrize(("key", "sequence", "kind"), [*CASES[::3], ((normal_pair, False), False, "examples")], ids=str)
+def test_sampled_cotangents_have_the_fisher_matrix_as_second_moment(key, sequence, kind):
+    head, dense = _problem(*key, sequence, kind)
+    repeats = 20_000
+    cotangents = sampled_cotangent(_repeated(head, repeats), SEED).numpy().reshape(BATCH, repeats, -1)
+    moment = np.einsum("nri,nrj->nij", cotangents, cotangents) / repeats
+    for found, expected in zip(moment, dense, strict=True):
+        assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
+    # Gradients of −log p at the model's own targets vanish on average.
+    assert np.abs(cotangents.mean(axis=1)).max() <= 0.05 * np.sqrt(np.abs(dense).max())
+
+
+def test_fisher_inner_of_a_callable_estimates_its_quadratic_form_from_draws():
+    head, dense = _problem(normal_pair, False, False, "examples")
+    tangents = np.random.default_rng(2).normal(size=(2, *head.outputs.shape))
+    inner = fisher_inner(head, [tf.constant(tangent) for tangent in tangents], SEED, draws=20_000)
+    expected = np.einsum("ani,nij,bnj->ab", tangents, dense, tangents) / BATCH
+    assert np.linalg.norm(inner - expected) <= 0.03 * np.linalg.norm(expected)
+    few = fisher_inner(head, [tf.constant(tangent) for tangent in tangents], SEED).numpy()
+    assert np.linalg.eigvalsh(few)[0] >= 0
+
+
+@pytest.mark.parametrize("key", DENSITIES, ids=str)
+def test_draws_follow_their_seed_and_leave_the_random_state_alone(key):
+    head = Head(tf.constant(_outputs(*key, False)), *key, 1.0)
+    tf.random.set_seed(3)
+    expected = tf.random.normal([4]).numpy()
+    tf.random.set_seed(3)
+    one, again = sampled_cotangent(head, SEED).numpy(), sampled_cotangent(head, SEED).numpy()
+    np.testing.assert_array_equal(tf.random.normal([4]), expected)
+    np.testing.assert_array_equal(one, again)
+    others = [sampled_cotangent(head, SEED + shift).numpy() for shift in range(1, 9)]
+    assert any(not np.array_equal(one, other) for other in others)
+
+
+def test_confident_outputs_give_finite_cotangents():
+    saturated = np.array([[0.0, 1.0], [1.0, 0.0]], "float32")
+    for family in ("bernoulli", "categorical"):
+        for logits, z in ((False, saturated), (True, 200 * saturated - 100)):
+            head = Head(tf.constant(z), family, logits, 1.0)
+            assert np.all(np.isfinite(sampled_cotangent(head, SEED)))
+            assert np.all(np.isfinite(exact_cotangents(head)))
+            assert np.all(np.isfinite(fisher_inner(head, [tf.ones_like(z)], SEED)))
+
+
+def test_half_precision_outputs_are_differentiated_in_float32():
+    z = np.array([[4.0, -3.0, 9.5]])
+    half = Head(tf.constant(z, tf.float16), "bernoulli", True, 1.0)
+    single = half._replace(outputs=tf.constant(z, tf.float32))
+    for function in (exact_cotangents, lambda head: sampled_cotangent(head, SEED)):
+        assert function(half).dtype == tf.float32
+        np.testing.assert_array_equal(function(half), function(single))
+
+
+# --- which density a compiled loss stands for -------------------------------------------------------------------------
+
+
+def _model(loss, activation=None, *, shape=(5,), units=WIDTH, **compiled):
+    model = keras.Sequential([keras.Input(shape), keras.layers.Dense(units, activation=activation)])
+    model.compile(loss=loss, **compiled)
+    return model
+
+
+def _found(loss, activation=None, likelihood="auto"):
+    model = _model(loss, activation)
+    outputs = model(np.ones((2, 5), "float32"), training=True)
+    (head,) = heads(likelihood, model, outputs)
+    return head, outputs
+
+
+@pytest.mark.parametrize(
+    ("loss", "activation", "family", "logits"),
+    [
+        ("binary_crossentropy", "sigmoid", "bernoulli", True),
+        ("bce", "sigmoid", "bernoulli", True),
+        (keras.losses.binary_crossentropy, "sigmoid", "bernoulli", True),
+        (keras.losses.BinaryCrossentropy(), "sigmoid", "bernoulli", True),
+        (keras.losses.BinaryCrossentropy(from_logits=True), None, "bernoulli", True),
+        ("categorical_crossentropy", "softmax", "categorical", True),
+        ("CategoricalCrossentropy", "softmax", "categorical", True),
+        (keras.losses.categorical_crossentropy, "softmax", "categorical", True),
+        (keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1), None, "categorical", True),
+        ("sparse_categorical_crossentropy", "softmax", "categorical", True),
+        (keras.losses.SparseCategoricalCrossentropy(from_logits=True), None, "categorical", True),
+        # Activations that Keras can't trace back to logits: the outputs are probabilities.
+        ("binary_crossentropy", tf.nn.sigmoid, "bernoulli", False),
+        ("categorical_crossentropy", tf.nn.softmax, "categorical", False),
+        ("mse", None, "normal", False),
+        ("mean_squared_error", "relu", "normal", False),
+        ("MeanSquaredError", None, "normal", False),
+        (keras.losses.mean_squared_error, None, "normal", False),
+        (keras.losses.MeanSquaredError(reduction="sum"), None, "normal", False),
+    ],
+)
+def test_the_density_is_known_from_the_loss_and_the_output(loss, activation, family, logits):
+    head, outputs = _found(loss, activation)
+    assert head.family == family
+    if family != "normal":
+        assert head.logits is logits
+    expected = outputs._keras_logits if logits and activation is not None else outputs
+    assert head.outputs is expected
+
+
+def custom_loss(y_true, y_pred):
+    """Anything."""
+    return keras.ops.mean(keras.ops.abs(y_true - y_pred))
+
+
+UNKNOWN = [
+    "mae",
+    custom_loss,
+    keras.losses.Huber(),
+    keras.losses.BinaryCrossentropy(reduction="none"),
+    keras.losses.MeanSquaredError(reduction=None),
+    keras.losses.CategoricalCrossentropy(axis=1),
+    keras.losses.SparseCategoricalCrossentropy(ignore_class=0),
+]
+
+
+@pytest.mark.parametrize("loss", UNKNOWN, ids=str)
+def test_a_loss_of_no_known_density_is_an_error_that_names_likelihood(loss):
+    with pytest.raises(ValueError, match="`likelihood`='auto'"):
+        _found(loss)
+
+
+def test_no_loss_at_all_is_an_error_that_names_likelihood():
+    with pytest.raises(ValueError, match=r"`likelihood`='auto'.*no compiled loss"):
+        heads("auto", None, tf.ones([2, 3]))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical", "normal", normal_pair])
+def test_a_likelihood_that_is_given_overrides_the_loss(likelihood):
+    head, _ = _found("mae", likelihood=likelihood)
+    assert head.family is likelihood
+    likelihoods.check(likelihood)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", None, 3])
+def test_an_unknown_likelihood_is_refused_by_name(likelihood):
+    with pytest.raises(ValueError, match=r"`likelihood` must be one of 'auto'.*Received"):
+        likelihoods.check(likelihood)
+
+
+def test_the_exact_expectation_is_refused_for_callables_and_for_many_outputs():
+    with pytest.raises(ValueError, match=r"`fisher`='exact'.*likelihood="):
+        exact_cotangents(Head(tf.ones([2, 4]), normal_pair, False, 1.0))
+    with pytest.raises(ValueError, match=r"`fisher`='exact'.*256"):
+        exact_cotangents(Head(tf.ones([2, 257]), "normal", False, 1.0))
+
+
+def test_a_distribution_that_ignores_the_outputs_is_an_error_that_names_likelihood():
+    def constant(z):
+        from tensorflow_probability import distributions as tfd
+
+        return tfd.Normal(tf.zeros_like(z), 1.0)
+
+    with pytest.raises(ValueError, match="`likelihood`"):
+        sampled_cotangent(Head(tf.ones([2, 4]), constant, False, 1.0), SEED)
+
+
+LOSSES = {
+    "bernoulli": lambda reduction: keras.losses.BinaryCrossentropy(from_logits=True, reduction=reduction),
+    "categorical": lambda reduction: keras.losses.CategoricalCrossentropy(from_logits=True, reduction=reduction),
+    "normal": lambda reduction: keras.losses.MeanSquaredError(reduction=reduction),
+}
+REDUCTIONS = ["sum_over_batch_size", "sum", "mean_with_sample_weight"]
+
+
+def _targets_at(family, shape):
+    rng = np.random.default_rng(4)
+    if family == "categorical":
+        return np.eye(shape[-1], dtype="float32")[rng.integers(0, shape[-1], shape[:-1])]
+    return rng.integers(0, 2, shape).astype("float32")
+
+
+@pytest.mark.parametrize("weighting", ["none", "examples", "column", "positions", "mask", "mask and positions"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("family", LOSSES)
+def test_the_weight_turns_negative_log_densities_into_the_compiled_loss(family, reduction, weighting):
+    """`∂loss/∂z_n = κ_n ∂(−log p_n)/∂z_n / batch`, with Keras's own loss on one side and tfp's density on the other."""
+    sequence = weighting in ("positions", "mask", "mask and positions")
+    rng = np.random.default_rng(3)
+    shape = (6, 4, WIDTH) if sequence else (6, WIDTH)
+    model = _model(LOSSES[family](reduction), shape=(4, 5) if sequence else (5,), loss_weights=1.7)
+    z = tf.constant(rng.normal(size=shape), tf.float32)
+    if "mask" in weighting:
+        z._keras_mask = tf.constant(rng.random((6, 4)) < 0.6)
+    sample_weight = {
+        "examples": rng.uniform(0.2, 2, 6).astype("float32"),
+        "column": rng.uniform(0.2, 2, (6, 1)).astype("float32"),
+    }.get(weighting)
+    if "positions" in weighting:
+        sample_weight = rng.uniform(0.2, 2, (6, 4)).astype("float32")
+    y = tf.constant(_targets_at(family, shape))
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        loss = model.compute_loss(y=y, y_pred=z, sample_weight=sample_weight)
+    expected = tape.gradient(loss, z).numpy()
+
+    (head,) = heads("auto", model, z, sample_weight)
+    kappa = np.asarray(head.weight)
+    kappa = kappa.reshape(kappa.shape + (1,) * (len(shape) - kappa.ndim))
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        targets = tf.argmax(y, axis=-1) if family == "categorical" else y
+        density = likelihoods.predictive(head, z).log_prob(targets)
+    gradient = -kappa * tape.gradient(density, z).numpy() / shape[0]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("structure", ["list", "dict"])
+def test_each_output_gets_its_own_loss_and_weights(structure):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((5,))
+    # Flattening sorts the keys of dicts; here that is not the order in which they stand.
+    outputs = {
+        "z": keras.layers.Dense(2, activation="sigmoid", name="z")(inputs),
+        "silent": keras.layers.Dense(2, name="silent")(inputs),
+        "a": keras.layers.Dense(4, name="a")(inputs),
+    }
+    losses = {"z": "binary_crossentropy", "a": "mse"}
+    weights = {"z": 2.0, "a": 0.5}
+    if structure == "list":
+        outputs = list(outputs.values())
+        losses, weights = ["binary_crossentropy", None, "mse"], [2.0, 1.0, 0.5]
+    model = keras.Model(inputs, outputs)
+    model.compile(loss=losses, loss_weights=weights)
+    found = heads("auto", model, model(np.ones((3, 5), "float32"), training=True))
+    by_family = {head.family: head for head in found}
+    assert len(found) == 2
+    assert by_family["bernoulli"].outputs.shape == (3, 2)
+    assert by_family["normal"].outputs.shape == (3, 4)
+    assert float(by_family["bernoulli"].weight) == pytest.approx(2.0 / 2)
+    assert float(by_family["normal"].weight) == pytest.approx(0.5 / 4)
+
+
+def test_losses_that_do_not_fit_the_outputs_are_an_error_that_names_likelihood():
+    model = _model(["mse", "mse"])
+    with pytest.raises(ValueError, match=r"`likelihood`.*2 losses"):
+        heads("auto", model, model(np.ones((2, 5), "float32"), training=True))
+
+
+def test_importing_the_package_does_not_import_tensorflow_probability():
+    code = "import sys, keras_kpsvd; print('tensorflow_probability' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("False")
