@@ -42,9 +42,12 @@ def matrices(model):
 
 
 def state(model, *, but=("iteration", "learning_rate")):
-    """`{path: value}` of all variables of a model and its optimizer."""
-    variables = [*model.variables, *model.optimizer.variables]
-    return {v.path: v.numpy() for v in variables if v.name not in but}
+    """`{path: value}` of all variables of a model and its optimizer; a loaded layer's path lacks the model's name."""
+    return {
+        v.path.replace("network/", "").replace("network_", ""): v.numpy()
+        for v in [*model.variables, *model.optimizer.variables]
+        if v.name not in but
+    }
 
 
 def assert_same(one, other):

@@ -34,9 +34,7 @@ def _spoilt(x, value):
 )
 def test_a_batch_that_is_not_finite_is_skipped_whole_and_the_next_one_trains(eager, options, value):
     x, y = problem(dtype="float32")
-    model = compiled(
-        tanh_network(dtype="float32"), KPSVD(method="kfac", **options, **EVERY_STEP), run_eagerly=eager
-    )
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **options, **EVERY_STEP), run_eagerly=eager)
     model.train_on_batch(x, y)
     before = state(model)
     with pytest.warns(RuntimeWarning, match="skipped a step"):
@@ -47,7 +45,7 @@ def test_a_batch_that_is_not_finite_is_skipped_whole_and_the_next_one_trains(eag
         model.train_on_batch(x, y)
     after = state(model)
     assert all(np.isfinite(values).all() for values in after.values())
-    assert all(not np.array_equal(after[v.path], before[v.path]) for v in model.trainable_variables)
+    assert all(not np.array_equal(after[name], before[name]) for name in after if name.endswith(("kernel", "bias")))
 
 
 def test_a_target_that_is_nan_is_skipped_too():
@@ -103,7 +101,7 @@ FAILURES = {
 @pytest.fixture
 def break_decomposition(monkeypatch):
     """Makes the decomposition of the layers of a given shape fail from now on."""
-    sound = {name: getattr(state_module, name) for name in ("invert_one_term", "joint_eigenbasis")}
+    sound = {name: getattr(state_module, name) for name in ("invert_one_term", "one_term_and_correction")}
 
     def start(failure, d_in):
         def wrapped(name):

@@ -138,9 +138,7 @@ def test_jit_compilation_is_refused_and_left_out_by_default():
 def test_a_layer_with_lora_computes_as_dense_and_trains_without_curvature():
     x, y = _input((5,), 8), _input((4,), 8)
     results = []
-    for layer, optimizer in zip(
-        _pair(lora_rank=2), (keras.optimizers.SGD(0.1, momentum=0.9), KPSVD(0.1)), strict=True
-    ):
+    for layer, optimizer in zip(_pair(lora_rank=2), (keras.optimizers.SGD(0.1, momentum=0.9), KPSVD(0.1)), strict=True):
         model = keras.Sequential([keras.Input((5,)), layer])
         model.compile(optimizer, "mse", run_eagerly=True)
         model.fit(x, y, epochs=2, verbose=0)
