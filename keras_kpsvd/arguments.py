@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import random
 from typing import Any
 
 
@@ -37,3 +38,16 @@ def check_count(argument: str, value: Any) -> None:
     """An integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed itself, or one from the state of Python's generator, which `keras.utils.set_random_seed` sets, without
+    moving it on.
+
+    A model built after the optimizer thus starts from the weights it would have had without it.
+    """
+    if seed is not None:
+        return int(seed)
+    generator = random.Random()
+    generator.setstate(random.getstate())
+    return generator.randrange(2**31)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -11,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
-from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive, is_number
+from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive, is_number, resolve_seed
 from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.samples import check_fisher, layer_samples, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
@@ -20,7 +19,7 @@ from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import warn_of_layers, warn_when_run
 
-INITIAL_DAMPING = 0.1
+INITIAL_DAMPING = 0.03
 PLAIN_RATE = 0.01
 SVD_ROWS = 128
 
@@ -63,7 +62,7 @@ class KPSVD(keras.optimizers.SGD):
             second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.1 and follows how far
+        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.03 and follows how far
             the quadratic model is right (`curvature.step_control`); a number > 0 holds it.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method.
@@ -77,11 +76,10 @@ class KPSVD(keras.optimizers.SGD):
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
             negative log-density is the squared error) name it; or a callable from the model's output to a
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
-        fisher_batch_size: rows of each batch used for the factors. None: all of them for "kfac", at most 128 for the other
-            methods, whose exact triples cost the cube of that number.
-        indefinite: what divides by `1 + x` where the second term makes the damped sum indefinite: "absolute" `1 + |x|`
-            everywhere, which never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|`
-            elsewhere.
+        fisher_batch_size: rows of each batch used for the factors. None: all for "kfac", at most 128 for the others,
+            whose exact triples cost the cube of that number.
+        indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
+            never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
             `keras.utils.set_random_seed` sets, without advancing it. Draws are stateless and disturb nobody else's
             random numbers.
@@ -137,9 +135,8 @@ class KPSVD(keras.optimizers.SGD):
                 "leave it out, or give `learning_rate` a number."
             )
         if isinstance(learning_rate, str) and not adaptive:
-            raise ValueError(
-                f"`learning_rate` must be a number, a schedule, a callable or 'adaptive'. Received: {learning_rate!r}"
-            )
+            expected = "a number, a schedule, a callable or 'adaptive'"
+            raise ValueError(f"`learning_rate` must be {expected}. Received: learning_rate={learning_rate!r}")
         if is_number(learning_rate):
             if not math.isfinite(learning_rate) or learning_rate < 0:
                 raise ValueError(
@@ -165,7 +162,7 @@ class KPSVD(keras.optimizers.SGD):
         self.likelihood = likelihood
         self.fisher_batch_size = fisher_batch_size
         self.indefinite = indefinite
-        self.seed = _draw_seed() if seed is None else int(seed)
+        self.seed = resolve_seed(seed)
         self._recorder = Recorder(keep_loss=fisher == "empirical", persistent=adaptive or fisher == "exact")
         self._blocks: tuple[LayerCurvature, ...] = ()
         self._curved: frozenset = frozenset()
@@ -175,6 +172,11 @@ class KPSVD(keras.optimizers.SGD):
         """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
         if self.built:
             return
+        if self._distribution_strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "KPSVD trains on one device: its curvature is not yet averaged over replicas. "
+                f"Received a strategy with {self._distribution_strategy.num_replicas_in_sync} replicas."
+            )
         super().build(variables)
         self._follows = self.adaptive or self.damping == "adaptive"
         if self._follows and not self.momentums:
@@ -208,28 +210,27 @@ class KPSVD(keras.optimizers.SGD):
 
         def attempt() -> tf.Tensor:
             proposal = self._propose(forward_pass, grads, trainable_variables, learning_rate)
-            return tf.cond(proposal.finite, lambda: take(proposal), lambda: skip("the preconditioned gradient"))
+            return tf.cond(proposal.finite, lambda: take(proposal), lambda: skip("the preconditioned gradient", ""))
 
         def take(proposal: _Proposal) -> tf.Tensor:
             super(KPSVD, self)._apply_weight_decay(trainable_variables)
             self._coefficients = proposal.step
-            super(KPSVD, self)._backend_update_step(proposal.gradients, trainable_variables, learning_rate)
+            # Keras reduces all gradients in one operation, which takes tensors of one graph only: that of this branch.
+            gradients = tf.nest.map_structure(tf.identity, proposal.gradients)
+            super(KPSVD, self)._backend_update_step(gradients, trainable_variables, learning_rate)
             if proposal.control is not None:
-                for variable, value in zip(
-                    (self._slope, self._damping, self._slope_averages), proposal.control, strict=True
-                ):
-                    variable.assign(value)
+                _assign_last([self._slope, self._damping, self._slope_averages], list(proposal.control))
             self._updates.assign_add(1)
             return tf.constant(True)
 
-        def skip(what: str) -> tf.Tensor:
+        def skip(what: str, curvature: str) -> tf.Tensor:
             warn_when_run(
-                f"KPSVD skipped a step: {what} holds NaN or Inf. Weights, momentum and curvature are unchanged."
+                f"KPSVD skipped a step: {what} holds NaN or Inf. Weights and momentum{curvature} are unchanged."
             )
             return tf.constant(False)
 
         finite = tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in grads]))
-        tf.cond(finite, attempt, lambda: skip("the gradient"))
+        tf.cond(finite, attempt, lambda: skip("the gradient", ", and curvature,"))
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """SGD's update; for instrumented layers under the adaptive rate the step that was fitted."""
@@ -401,13 +402,3 @@ def _assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> No
 
 def _is_finite(gradient: Any) -> tf.Tensor:
     return tf.reduce_all(tf.math.is_finite(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient))
-
-
-def _draw_seed() -> int:
-    """A seed from the state of Python's generator, which `keras.utils.set_random_seed` sets, without moving it on.
-
-    A model built after the optimizer thus starts from the weights it would have had without it.
-    """
-    generator = random.Random()
-    generator.setstate(random.getstate())
-    return generator.randrange(2**31)

@@ -143,7 +143,7 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
     model = compiled(tanh_network(), KPSVD(method="kfac", damping=damping, fisher="exact", **EVERY_STEP))
     weights = matrices(model)
     step = np.zeros(sum(w.size for w in weights))
-    expected_damping, slope, averages = 0.1 if damping == "adaptive" else damping, 0.0, np.zeros(2)
+    expected_damping, slope, averages = 0.03 if damping == "adaptive" else damping, 0.0, np.zeros(2)
     rates, momenta, factors = [], [], []
     for number in range(8):
         x, y = problem(rows=6, seed=number % 3)
@@ -157,10 +157,10 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
             rate = (gradient + matrix @ step * momentum) @ direction / (direction @ matrix @ direction)
         after = gradient @ step
         step = basis @ [rate, momentum]
-        if damping == "adaptive":  # The ratio of slopes averaged over some ten steps, and 5 % at most.
-            averages = 0.9 * averages + 0.1 * np.array([slope, after])
+        if damping == "adaptive":  # The ratio of slopes averaged over some five steps, and a fifth at most.
+            averages = 0.8 * averages + 0.2 * np.array([slope, after])
             ratio = 1 + averages[1] / averages[0] if averages[0] < 0 else 0.5
-            factor = 0.95 if ratio > 0.75 else 1 / 0.95 if ratio < 0.25 else 1.0
+            factor = 0.8 if ratio > 0.75 else 1 / 0.8 if ratio < 0.25 else 1.0
             expected_damping *= factor
             factors.append(factor)
         slope = gradient @ step
