@@ -157,7 +157,7 @@ def _repeated(head, repeats):
     return head._replace(outputs=tf.repeat(head.outputs, repeats, axis=0), weight=weight)
 
 
-@pytest.mark.parametrize(("key", "sequence", "kind"), [*CASES[::3], ((normal_pair, False), False, "examples")], ids=str)
+@pytest.mark.parametrize(("key", "sequence", "kind"), [*CASES[::3], ((normal_pair, False), False, "examples")])
 def test_sampled_cotangents_have_the_fisher_matrix_as_second_moment(key, sequence, kind):
     head, dense = _problem(*key, sequence, kind)
     repeats = 20_000
@@ -179,7 +179,7 @@ def test_fisher_inner_of_a_callable_estimates_its_quadratic_form_from_draws():
     assert np.linalg.eigvalsh(few)[0] >= 0
 
 
-@pytest.mark.parametrize("key", DENSITIES, ids=str)
+@pytest.mark.parametrize("key", DENSITIES)
 def test_draws_follow_their_seed_and_leave_the_random_state_alone(key):
     head = Head(tf.constant(_outputs(*key, False)), *key, 1.0)
     tf.random.set_seed(3)
@@ -276,7 +276,7 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize("loss", UNKNOWN, ids=str)
+@pytest.mark.parametrize("loss", UNKNOWN)
 def test_a_loss_of_no_known_density_is_an_error_that_names_likelihood(loss):
     with pytest.raises(ValueError, match="`likelihood`='auto'"):
         _found(loss)
