@@ -19,6 +19,7 @@ from pathlib import Path
 PROBLEMS = ("curves", "mnist", "faces")
 KPSVD_METHODS = ("kfac", "kpsvd", "deflation", "lanczos", "kfac_corrected")
 METHODS = ("adam", "sgd", *KPSVD_METHODS)
+INITIALIZERS = ("glorot_uniform", "he_normal")
 INTERRUPTED = 130  # the shell's exit status for a program ended by Ctrl-C
 
 
@@ -45,6 +46,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=_seed, default=0, help="of data, weights and batches (default: %(default)s)")
     parser.add_argument("--adam-learning-rate", type=_positive, help="default: the best of a few tried on the problem")
     parser.add_argument("--sgd-learning-rate", type=_positive, help="default: the same, with momentum 0.9")
+    parser.add_argument(
+        "--initializer", choices=INITIALIZERS, default="glorot_uniform", help="of the weights (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder for results (default: results/autoencoder-PROBLEM)")
     options = parser.parse_args(arguments)
     options.kpsvd_epochs = options.kpsvd_epochs or options.epochs

@@ -11,6 +11,8 @@ from keras_kpsvd.datasets import ImageSet, load_curves, load_faces, load_mnist
 _DEFAULT_SAMPLES = 10_000
 _HELD_OUT = 1_000
 
+INITIALIZERS = {"glorot_uniform": keras.initializers.GlorotUniform, "he_normal": keras.initializers.HeNormal}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -113,11 +115,15 @@ def pixel_entropy(images: np.ndarray) -> float:
     return float(-(x * np.log(x) + (1 - x) * np.log1p(-x)).mean())
 
 
-def build_autoencoder(widths: tuple[int, ...], dense: type[keras.layers.Dense], seed: int) -> keras.Sequential:
+def build_autoencoder(
+    widths: tuple[int, ...], dense: type[keras.layers.Dense], seed: int, initializer: str = "glorot_uniform"
+) -> keras.Sequential:
     """The autoencoder of `widths` and back, of `dense` layers; equal seeds give equal weights.
 
-    Hidden layers are ReLU, with the initialisation made for it. The code and the output are linear: the code as in
-    Martens (2010) and the papers since, because ReLU would let the few units there die; the output because the losses
+    Hidden layers are ReLU. The weights start as Keras starts them unless told otherwise (Glorot), which is what a
+    user's model does; He's, which suits Adam better here, is `--initializer he_normal`. The code and the output are
+    linear: the code as in Martens (2010) and the papers since, because ReLU would let the few units there die; the
+        output because the losses
     take logits or real values.
     """
     units = widths[1:] + widths[-2::-1]
@@ -126,7 +132,7 @@ def build_autoencoder(widths: tuple[int, ...], dense: type[keras.layers.Dense], 
         dense(
             width,
             activation=None if position in linear else "relu",
-            kernel_initializer=keras.initializers.HeNormal(seed=seed * 1000 + position),
+            kernel_initializer=INITIALIZERS[initializer](seed=seed * 1000 + position),
             name=f"dense_{position + 1}",
         )
         for position, width in enumerate(units)

@@ -108,7 +108,7 @@ def describe_run(problem: Problem, options: argparse.Namespace) -> str:
         [
             f"Data:     {problem.source}",
             f"Network:  {network}, {problem.loss.name}; a perfect copy would have a loss of {problem.lowest_loss:.5f}",
-            f"Training: {epochs} epochs, batch size {options.batch_size}, seed {options.seed}; "
+            f"Training: {epochs} epochs, batch size {options.batch_size}, seed {options.seed}, {options.initializer}; "
             f"learning rates: Adam {options.adam_learning_rate:g}, SGD {options.sgd_learning_rate:g}, others default",
             f"Machine:  {device}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
             f"TensorFlow {tf.__version__}, Keras {keras.__version__}",

@@ -86,7 +86,7 @@ def make_model(problem: Problem, method: str, options: argparse.Namespace) -> ke
 
         dense = keras_kpsvd.KPSVDDense
         optimizer = keras_kpsvd.KPSVD(method=method, seed=options.seed)
-    model = build_autoencoder(problem.widths, dense, options.seed)
+    model = build_autoencoder(problem.widths, dense, options.seed, options.initializer)
     model.compile(optimizer=optimizer, loss=problem.loss)
     return model
 
