@@ -49,7 +49,7 @@ def curves(samples: int | None, seed: int) -> Problem:
     """CURVES: 784-400-200-100-50-25-6 and back, binary cross-entropy."""
     train = load_curves(samples or _DEFAULT_SAMPLES, seed)
     test = load_curves(_HELD_OUT, seed + 1)
-    return _binary("curves", train, test, (784, 400, 200, 100, 50, 25, 6), adam_learning_rate=3e-3)
+    return _binary("curves", train, test, (784, 400, 200, 100, 50, 25, 6), adam_learning_rate=5e-3)
 
 
 def mnist(samples: int | None, seed: int) -> Problem:
