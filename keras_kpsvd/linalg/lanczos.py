@@ -93,8 +93,9 @@ def golub_kahan_lanczos(
         return tf.while_loop(lambda j, *_: j < size, column, state)[1:]
 
     def unfinished(steps, first, left, right, core, spill, residual):
-        # NaN compares false: the loop ends, and the status says why.
-        return (residual > tolerance) & (steps < max_steps)
+        # NaN compares false: the loop ends, and the status says why. Bases that span the space leave no column to fill:
+        # one filling is exact, and what is left of a zero operator is rounding that no further one reduces.
+        return (residual > tolerance) & (steps < max_steps) & (first < size)
 
     def fill_and_restart(steps, first, left, right, core, spill, residual):
         left, right, core, spill = fill(first, left, right, core, spill)

@@ -231,6 +231,22 @@ def test_the_automatic_route_reaches_the_optimum_on_any_shape(seed, count, share
     assert cases.excess(activations, gradients, triples.terms()) < cases.EXCESS[dtype]
 
 
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_a_space_filled_at_once_is_not_filled_again(family, monkeypatch):
+    """Two outputs have one skew direction; where the operator vanishes on it, rounding is all that is left."""
+    decompose, calls = tf.linalg.svd, []
+
+    def counted(*arguments, **keywords):
+        calls.append(None)
+        assert len(calls) < 20, "the iteration goes on with nothing left to fill"
+        return decompose(*arguments, **keywords)
+
+    monkeypatch.setattr(tf.linalg, "svd", counted)
+    activations, gradients = family(np.random.default_rng(4149), 21, 2, 6, 2)
+    triples = linalg.leading_triples(cases.operator(activations, gradients), 2, route="lanczos")
+    assert cases.excess(activations, gradients, triples.terms()) < 1e-8
+
+
 def test_misuse_raises_and_names_the_argument():
     several = linalg.RearrangedFisher(np.zeros([5, 2, 4]), np.zeros([5, 2, 3]))
     with pytest.raises(ValueError, match=r"route='gram'.*2 positions"):
