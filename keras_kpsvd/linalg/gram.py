@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from keras_kpsvd.linalg.rearrangement import SubtractedTerm
 from keras_kpsvd.linalg.scaling import all_finite, divide_no_nan, safe_norm, unit_rows
-from keras_kpsvd.linalg.triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, term_signs
+from keras_kpsvd.linalg.triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, fix_signs
 
 # For float64 samples, half-vectorised rows up to this many times the batch, or of this width, are taken as they are
 # (through a QR) rather than through their Gram matrix: dearer, but nothing is squared.
@@ -133,12 +133,16 @@ def gram_triples(
     subtracted = tuple(SubtractedTerm(*(keep(part) for part in term)) for term in subtracted)
     system = gram_system(keep(activations), keep(gradients), subtracted)
     values, alphas, betas, residuals = _solve(system, k, dtype)
-    left, left_norms = _assemble(system.activation_rows, system.extra_left, alphas)
-    right, right_norms = _assemble(system.gradient_rows, system.extra_right, betas)
-    # Sign and norm in one pass over the factors: at N=128 passes over [d_in, d_in] are a good part of the whole.
-    signs = term_signs(left, left_norms)
-    left *= (signs * tf.math.reciprocal_no_nan(left_norms))[:, tf.newaxis, tf.newaxis]
-    right *= (signs * tf.math.reciprocal_no_nan(right_norms))[:, tf.newaxis, tf.newaxis]
+    # Norm and the usual sign are settled in the coefficients: at N=128 passes over [d_in, d_in] are a good part of all.
+    traces = _traces(system.activation_rows, system.extra_left, alphas)
+    signs = tf.where(traces < 0, -tf.ones_like(traces), tf.ones_like(traces))
+    left = _assemble(system.activation_rows, system.extra_left, signs * alphas)
+    right = _assemble(system.gradient_rows, system.extra_right, signs * betas)
+    left, right = tf.cond(
+        tf.reduce_any(tf.abs(traces) <= 2 * epsilon(dtype) ** 0.5),
+        lambda: fix_signs(left, right),  # by the largest entry, where there is no trace to speak of
+        lambda: (left, right),
+    )
     values = tf.cast(values * system.scale, dtype)
     status = tf.where(finite, CONVERGED, NOT_FINITE)
     return SingularTriples(values, left, right, tf.cast(residuals, dtype), status, tf.constant(0))
@@ -188,7 +192,7 @@ def gram_system(
 
 
 def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Values `[k]` in units of the system's scale, coefficients `[N+r, k]` of u and of v, residuals `[k, 2]`."""
+    """Values `[k]` in units of the system's scale, coefficients `[N+r, k]` of unit u and v, residuals `[k, 2]`."""
     weights = system.weights
     factor_left = _row_factor(system.activation_rows, system.extra_left, dtype)
     factor_right = _row_factor(system.gradient_rows, system.extra_right, dtype)
@@ -212,6 +216,8 @@ def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.T
     lengths = tf.norm(left, axis=0) * tf.norm(right, axis=0)
     quotients = divide_no_nan(tf.reduce_sum(left * tf.matmul(core, right), axis=0), lengths)
     values = tf.clip_by_value(quotients, 0, values)
+    alphas = divide_no_nan(alphas, tf.norm(left, axis=0))
+    betas = divide_no_nan(betas, tf.norm(right, axis=0))
     return values, alphas, betas, residuals
 
 
@@ -290,15 +296,18 @@ def _right_singular_vectors(core: tf.Tensor, k: int, dtype: tf.DType) -> tuple[t
     return tf.ensure_shape(padded, [None, k]), floor
 
 
-def _assemble(rows: tf.Tensor, extra: tf.Tensor, coefficients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Exactly symmetric factors `[k, d, d]`, up to scale, from coefficients `[N+r, k]`; their norms, `[k]`."""
-    # Coefficients may be as large as 1/σ; bring them to order one before they meet a narrower dtype.
-    coefficients = divide_no_nan(coefficients, tf.reduce_max(tf.abs(coefficients), axis=0, keepdims=True))
-    coefficients = tf.cast(coefficients, rows.dtype)
+def _traces(rows: tf.Tensor, extra: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
+    """Traces `[k]` of what `_assemble` gives, float64."""
+    lengths = tf.reduce_sum(tf.square(tf.cast(rows, coefficients.dtype)), axis=1)
+    own = tf.concat([lengths, tf.cast(tf.linalg.trace(extra), coefficients.dtype)], axis=0)
+    return tf.linalg.matvec(coefficients, own, transpose_a=True)
+
+
+def _assemble(rows: tf.Tensor, extra: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
+    """Exactly symmetric factors `[k, d, d]` from coefficients `[N+r, k]`."""
+    halves = tf.cast(0.5 * coefficients, rows.dtype)
     count = tf.shape(rows)[0]
-    matrices = weighted_outer_products(rows, coefficients[:count])
+    matrices = weighted_outer_products(rows, halves[:count])
     if extra.shape[0]:
-        matrices += tf.einsum("rk,rij->kij", coefficients[count:], extra)
-    matrices += tf.linalg.matrix_transpose(matrices)
-    # Entries are sums of N numbers of at most order one, so the squares of a plain norm are in range.
-    return matrices, tf.norm(matrices, axis=[1, 2])
+        matrices += tf.einsum("rk,rij->kij", halves[count:], extra)
+    return matrices + tf.linalg.matrix_transpose(matrices)
