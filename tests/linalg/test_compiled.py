@@ -34,6 +34,12 @@ def _kernels():
     for rule in ("reflect", "absolute"):
         arguments = (square, other, rng.standard_normal(4), rng.standard_normal(3), matrix)
         yield f"apply_two_term-{rule}", lambda *x, rule=rule: linalg.apply_two_term(*x, rule), arguments
+        low_rank = (rng.standard_normal((4, 2)), rng.standard_normal((3, 2)), *rng.standard_normal((2, 2)))
+        yield (
+            f"apply_corrected-{rule}",
+            lambda *x, rule=rule: linalg.apply_corrected(*x, rule),
+            (square, other, *low_rank, matrix),
+        )
     for shared in (1, 2, 9):
         for method in ("matvec", "rmatvec", "inner", "frobenius_norm"):
             yield f"{method}-{shared}", *_kernel(shared, method)
