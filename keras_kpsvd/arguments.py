@@ -28,6 +28,16 @@ def check_positive(argument: str, value: Any, alternative: str = "") -> None:
         )
 
 
+def check_rate(value: Any) -> None:
+    """A learning rate as Keras takes it: a finite number not below 0, a schedule or a callable."""
+    usable = math.isfinite(value) and value >= 0 if is_number(value) else callable(value)
+    if not usable:
+        raise ValueError(
+            "`learning_rate` must be a finite number not below 0, a schedule, a callable or 'adaptive'. "
+            f"Received: learning_rate={value!r}"
+        )
+
+
 def check_fraction(argument: str, value: Any, *, one: bool) -> None:
     """A number in [0, 1), or in [0, 1] if `one`."""
     if not is_number(value) or not (0 <= value < 1 or (one and value == 1)):

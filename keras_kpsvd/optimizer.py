@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -10,10 +9,18 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
-from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive, is_number, resolve_seed
+from keras_kpsvd.arguments import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_positive,
+    check_rate,
+    is_number,
+    resolve_seed,
+)
 from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.samples import check_fisher, layer_samples, pass_heads, preactivation_gradients
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
 from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
 from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
@@ -134,15 +141,9 @@ class KPSVD(keras.optimizers.SGD):
                 "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
                 "leave it out, or give `learning_rate` a number."
             )
-        if isinstance(learning_rate, str) and not adaptive:
-            expected = "a number, a schedule, a callable or 'adaptive'"
-            raise ValueError(f"`learning_rate` must be {expected}. Received: learning_rate={learning_rate!r}")
-        if is_number(learning_rate):
-            if not math.isfinite(learning_rate) or learning_rate < 0:
-                raise ValueError(
-                    f"`learning_rate` must be finite and not negative. Received: learning_rate={learning_rate!r}"
-                )
-            learning_rate = float(learning_rate)
+        if not adaptive:
+            check_rate(learning_rate)
+            learning_rate = float(learning_rate) if is_number(learning_rate) else learning_rate
         super().__init__(
             learning_rate=PLAIN_RATE if adaptive else learning_rate,
             momentum=float(momentum),
@@ -219,7 +220,7 @@ class KPSVD(keras.optimizers.SGD):
             gradients = tf.nest.map_structure(tf.identity, proposal.gradients)
             super(KPSVD, self)._backend_update_step(gradients, trainable_variables, learning_rate)
             if proposal.control is not None:
-                _assign_last([self._slope, self._damping, self._slope_averages], list(proposal.control))
+                assign_last([self._slope, self._damping, self._slope_averages], list(proposal.control))
             self._updates.assign_add(1)
             return tf.constant(True)
 
@@ -321,7 +322,7 @@ class KPSVD(keras.optimizers.SGD):
             samples = layer_samples(forward_pass, gradients, rows)
             present = [block for block in blocks if block.layer in samples]
             results = [block.refresh(samples[block.layer]) for block in present]
-            _assign_last(
+            assign_last(
                 [variable for block in present for variable in block.refresh_targets],
                 [value for values, _ in results for value in values],
             )
@@ -338,7 +339,7 @@ class KPSVD(keras.optimizers.SGD):
         def invert() -> tf.Tensor:
             damping = tf.convert_to_tensor(self._damping.value)
             results = [block.invert(damping) for block in blocks]
-            _assign_last(
+            assign_last(
                 [variable for block in blocks for variable in block.preconditioner],
                 [value for values, _ in results for value in values],
             )
@@ -391,13 +392,6 @@ class KPSVD(keras.optimizers.SGD):
             likelihood = keras.saving.deserialize_keras_object(config["likelihood"], custom_objects=custom_objects)
             config = {**config, "likelihood": likelihood}
         return super().from_config(config, custom_objects=custom_objects)
-
-
-def _assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
-    """Assigns only once every value is known: what raises on the way leaves all variables as they were."""
-    with tf.control_dependencies(values):
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
 
 
 def _is_finite(gradient: Any) -> tf.Tensor:

@@ -181,6 +181,13 @@ def _invert(
     return values, good | ~known
 
 
+def assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
+    """Assigns only once every value is known: what raises on the way leaves all variables as they were."""
+    with tf.control_dependencies(values):
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+
 def _flatten(pairs: Any) -> list:
     return [factor for pair in pairs for factor in pair]
 
