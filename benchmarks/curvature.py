@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature.reduction import LayerCall
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
 from keras_kpsvd.linalg import RearrangedFisher, leading_triples, power_iteration
 
@@ -133,7 +134,8 @@ def mnist_refresh(rounds: int) -> dict[str, float]:
             layer = KPSVDDense(d_out)
             layer.build((None, d_in))
             blocks.append(LayerCurvature(layer, options, _variable))
-            batches.append(samples(EXAMPLES, d_in + 1, d_out, seed=index))
+            activations, gradients = samples(EXAMPLES, d_in + 1, d_out, seed=index)
+            batches.append([LayerCall(activations[:, 0, :-1], gradients[:, 0])])  # The layer appends its ones.
 
         def refresh(blocks=blocks, batches=batches):
             for block, batch in zip(blocks, batches, strict=True):
@@ -176,7 +178,7 @@ def plain_step(rounds: int) -> dict[str, float]:
         KPSVD(0.01, method="kfac", damping=0.1, curvature_interval=10**6, inverse_interval=10**6, kl_clip=None)
     )
     blocks = rare.optimizer._blocks
-    gradients = [tf.random.normal(block.layer.curvature_shape) for block in blocks]
+    gradients = [[tf.random.normal(v.shape) for v in block.layer.curvature_variables] for block in blocks]
     products = tf.function(lambda: [block.precondition(g) for block, g in zip(blocks, gradients, strict=True)])
     seconds = interleaved(
         {

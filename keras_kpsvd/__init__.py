@@ -4,7 +4,20 @@ from keras_kpsvd import datasets
 from keras_kpsvd.curvature.approximations import approximate_fisher, exact_fisher
 from keras_kpsvd.curvature.diagnostics import fisher_errors
 from keras_kpsvd.curvature.samples import fisher_samples
+from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
 from keras_kpsvd.layers.dense import KPSVDDense
+from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
 from keras_kpsvd.optimizer import KPSVD
 
-__all__ = ["KPSVD", "KPSVDDense", "approximate_fisher", "datasets", "exact_fisher", "fisher_errors", "fisher_samples"]
+__all__ = [
+    "KPSVD",
+    "KPSVDConv1D",
+    "KPSVDConv2D",
+    "KPSVDDense",
+    "KPSVDEinsumDense",
+    "approximate_fisher",
+    "datasets",
+    "exact_fisher",
+    "fisher_errors",
+    "fisher_samples",
+]

@@ -19,7 +19,8 @@ from keras_kpsvd.arguments import (
     resolve_seed,
 )
 from keras_kpsvd.curvature.approximations import check_method
-from keras_kpsvd.curvature.samples import check_fisher, layer_samples, pass_heads, preactivation_gradients
+from keras_kpsvd.curvature.reduction import MEMORY_BUDGET
+from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
 from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
 from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
@@ -263,9 +264,7 @@ class KPSVD(keras.optimizers.SGD):
         self._refresh(forward_pass, heads, list(blocks), seed)
         self._invert(list(blocks))
 
-        gradients = {
-            b.layer: b.layer.to_matrix([tf.convert_to_tensor(grads[i]) for i in at]) for b, at in blocks.items()
-        }
+        gradients = {block.layer: [tf.convert_to_tensor(grads[i]) for i in at] for block, at in blocks.items()}
         directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
         descent = inner(directions, gradients)
         finite = tf.math.is_finite(descent)
@@ -273,9 +272,9 @@ class KPSVD(keras.optimizers.SGD):
         previous, overlap = None, tf.constant(0.0)
         if self._follows:
             previous = {
-                block.layer: block.layer.to_matrix(
-                    [self.momentums[self._get_variable_index(v)].value for v in block.layer.curvature_variables]
-                )
+                block.layer: [
+                    self.momentums[self._get_variable_index(v)].value for v in block.layer.curvature_variables
+                ]
                 for block in blocks
             }
             overlap = inner(gradients, previous)
@@ -289,7 +288,8 @@ class KPSVD(keras.optimizers.SGD):
             rate *= scale
             if self.nesterov:  # Keras's own update takes the rate: the scale goes into the gradient.
                 directions = {
-                    layer: direction * tf.cast(scale, direction.dtype) for layer, direction in directions.items()
+                    layer: [value * tf.cast(scale, value.dtype) for value in values]
+                    for layer, values in directions.items()
                 }
         finite &= tf.math.is_finite(rate) & tf.math.is_finite(momentum)
         control = None
@@ -301,7 +301,7 @@ class KPSVD(keras.optimizers.SGD):
             )
         results = list(grads)
         for block, at in blocks.items():
-            for place, value in zip(at, block.layer.from_matrix(directions[block.layer]), strict=True):
+            for place, value in zip(at, directions[block.layer], strict=True):
                 results[place] = value
         return _Proposal(results, None if self.nesterov else StepCoefficients(rate, momentum), control, finite)
 
@@ -319,9 +319,10 @@ class KPSVD(keras.optimizers.SGD):
         def refresh() -> tf.Tensor:
             gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
             rows = self.fisher_batch_size or (None if self.method == "kfac" else SVD_ROWS)
-            samples = layer_samples(forward_pass, gradients, rows)
-            present = [block for block in blocks if block.layer in samples]
-            results = [block.refresh(samples[block.layer]) for block in present]
+            budget = None if self.method == "kfac" else MEMORY_BUDGET
+            calls = layer_calls(forward_pass, gradients, rows, budget)
+            present = [block for block in blocks if block.layer in calls]
+            results = [block.refresh(calls[block.layer]) for block in present]
             assign_last(
                 [variable for block in present for variable in block.refresh_targets],
                 [value for values, _ in results for value in values],

@@ -166,13 +166,14 @@ def test_curvature_that_cannot_be_computed_leaves_that_layers_averages_as_they_w
     model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, **EVERY_STEP))
     model.train_on_batch(x, y)
     before = state(model)
-    sound = state_module.approximate_terms
+    sound = state_module._batch_terms
 
-    def broken(a, g, method, **options):
-        terms = sound(a, g, method, **options)
-        return tuple(tuple(FAILURES[failure](*pair)) for pair in terms) if a.shape[-1] == 5 else terms
+    def broken(method, batch, old, count):
+        terms = sound(method, batch, old, count)
+        hidden = batch.activations.shape[-1] == 5
+        return tuple(tuple(FAILURES[failure](*pair)) for pair in terms) if hidden else terms
 
-    monkeypatch.setattr(state_module, "approximate_terms", broken)
+    monkeypatch.setattr(state_module, "_batch_terms", broken)
     state_module._kernels.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="'dense0'"):

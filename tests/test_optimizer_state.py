@@ -34,7 +34,7 @@ class _Watch(keras.callbacks.Callback):
         self.counts, self.preconditioners = [], [self.block.preconditioner[0].numpy()]
 
     def note(self):
-        self.counts.append(int(self.block.count.numpy()))
+        self.counts.append(int(self.block.blocks[0].count.numpy()))
         self.preconditioners.append(self.block.preconditioner[0].numpy())
 
     def on_train_batch_end(self, batch, logs=None):

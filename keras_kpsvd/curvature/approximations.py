@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_kpsvd.curvature.reduction import kfac_factors
 from keras_kpsvd.linalg import KroneckerSum, RearrangedFisher, leading_triples
 
 METHODS = ("kfac", "kpsvd", "deflation", "lanczos", "kfac_corrected")
 TWO_TERM_METHODS = ("deflation", "lanczos", "kfac_corrected")
+KFAC_METHODS = ("kfac", "kfac_corrected")
 
 Pair = tuple[tf.Tensor, tf.Tensor]
 
@@ -25,25 +27,6 @@ def check_method(method: str, argument: str = "method") -> None:
         raise ValueError(
             f"`{argument}` must be one of {', '.join(map(repr, METHODS))}. Received: {argument}={method!r}"
         )
-
-
-def kfac_factors(activations: tf.Tensor, gradients: tf.Tensor) -> Pair:
-    """KFAC's factors: `A = E_n[Σ_t āāᵀ]` and `G = E_{n,t}[ggᵀ]` (Grosse & Martens 2016, eq. 31–32; one position: KFAC).
-
-    Args:
-        activations: `[batch, shared, d_in]`.
-        gradients: `[batch, shared, d_out]`.
-
-    Returns:
-        `(A [d_in, d_in], G [d_out, d_out])`, symmetric positive semi-definite.
-    """
-    batch = tf.cast(tf.maximum(tf.shape(activations)[0], 1), activations.dtype)
-    shared = tf.cast(tf.maximum(tf.shape(activations)[1], 1), activations.dtype)
-    flat_activations = tf.reshape(activations, [-1, activations.shape[-1]])
-    flat_gradients = tf.reshape(gradients, [-1, gradients.shape[-1]])
-    a = tf.matmul(flat_activations, flat_activations, transpose_a=True) / batch
-    g = tf.matmul(flat_gradients, flat_gradients, transpose_a=True) / (batch * shared)
-    return a, g
 
 
 def approximate_terms(
@@ -62,17 +45,29 @@ def approximate_terms(
     Returns:
         One or two pairs `(A, G)`. For SVD methods the pair of a triple `(σ, u, v)` is `(√σ u, √σ v)`.
     """
+    base = kfac_factors(activations, gradients) if method in KFAC_METHODS else None
+    operator = None if method == "kfac" else RearrangedFisher(activations, gradients)
+    return operator_terms(operator, base, method, symmetric=symmetric, **iteration)
+
+
+def operator_terms(
+    operator: RearrangedFisher | None, base: Pair | None, method: str, *, symmetric: bool, **iteration: Any
+) -> tuple[Pair, ...]:
+    """`approximate_terms` of an operator.
+
+    Args:
+        operator: the rearranged block; not needed for "kfac".
+        base: KFAC's factors, for `KFAC_METHODS`.
+        method: one of `METHODS`.
+        symmetric: as `approximate_terms`.
+        **iteration: as `approximate_terms`, and `start`: right factors to start from, `[d_out, d_out]` or one for each
+            triple that is searched.
+    """
     if method == "kfac":
-        return (kfac_factors(activations, gradients),)
-    operator = RearrangedFisher(activations, gradients)
+        return (base,)
     if method == "kfac_corrected":
-        base = kfac_factors(activations, gradients)
         triples = leading_triples(operator.deflate_kfac(*base), 1, symmetric=symmetric, **iteration)
         return base, *_pairs(triples)
-    if method == "deflation" and iteration.get("route") in ("power", "lanczos"):
-        first = _pairs(leading_triples(operator, 1, symmetric=symmetric, **iteration))
-        rest = leading_triples(operator.deflate(*first[0]), 1, symmetric=symmetric, **iteration)
-        return *first, *_pairs(rest)
     triples = leading_triples(operator, 1 if method == "kpsvd" else 2, symmetric=symmetric, **iteration)
     return _pairs(triples)
 

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import METHODS, approximate_fisher, check_method, exact_fisher
-from keras_kpsvd.curvature.samples import fisher_samples
+from keras_kpsvd.curvature.samples import block_samples
 from keras_kpsvd.linalg import KroneckerSum, RearrangedFisher
 
 
@@ -54,8 +54,8 @@ def fisher_errors(
         max_size: the largest `d_in·d_out` for which error 2 is computed; NaN beyond.
 
     Returns:
-        `{layer name: {method: FisherErrors}}`. A layer whose block is zero (a dead one) has errors 0 where the
-        approximation is zero too.
+        `{layer name: {method: FisherErrors}}`, each group of a grouped convolution under `layer name/block_i`. A layer
+        whose block is zero (a dead one) has errors 0 where the approximation is zero too.
 
     Raises:
         ValueError: an unknown method, or whatever `fisher_samples` refuses.
@@ -63,9 +63,14 @@ def fisher_errors(
     methods = list(methods)
     for method in methods:
         check_method(method, "methods")
-    samples = fisher_samples(model, x, y, seed, fisher=fisher, likelihood=likelihood)
+    samples = block_samples(model, x, y, seed, fisher=fisher, likelihood=likelihood)
     errors: dict[str, dict[str, FisherErrors]] = {}
-    for name, (activations, gradients) in samples.items():
+    named = {
+        name if len(blocks) == 1 else f"{name}/block_{index}": block
+        for name, blocks in samples.items()
+        for index, block in enumerate(blocks)
+    }
+    for name, (activations, gradients) in named.items():
         a, g = tf.cast(activations, tf.float64), tf.cast(gradients, tf.float64)
         operator = RearrangedFisher(a, g)
         small = a.shape[-1] * g.shape[-1] <= max_size

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
+from keras_kpsvd.curvature.reduction import LayerCall, positions_of, rows_within, side_by_side
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer
 
 Samples = tuple[tf.Tensor, tf.Tensor]
@@ -81,37 +82,70 @@ def preactivation_gradients(
     return merged
 
 
-def layer_samples(
-    forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None
-) -> dict[RecordingLayer, Samples]:
-    """Samples of every recorded layer, in the one format.
+def layer_calls(
+    forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None, budget: int | None = None
+) -> dict[RecordingLayer, list[LayerCall]]:
+    """The calls of every recorded layer with their gradients.
 
     Args:
         forward_pass: the pass.
-        gradients: one for each record; with `k` times as many rows as the batch the activations are repeated.
+        gradients: one for each record; with `k` times as many rows as the batch the inputs are repeated.
         rows: use the first so many examples only.
+        budget: use as many examples only as fit into so many bytes; see `reduction.rows_within`.
 
     Returns:
-        `{layer: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`; the calls of a layer stand
-        side by side along `shared`, so that their contributions to `D_n` add up.
+        `{layer: calls}`, in the order of the calls.
     """
-    collected: dict[RecordingLayer, list[Samples]] = {}
+    collected: dict[RecordingLayer, list[LayerCall]] = {}
     for record, gradient in zip(forward_pass.records, gradients, strict=True):
-        layer = record.layer
-        batch = tf.shape(record.inputs)[0]
-        repeats = tf.math.floordiv(tf.shape(gradient)[0], tf.maximum(batch, 1))
-        activations = layer.sample_activations(record.inputs)
-        sampled = layer.sample_gradients(gradient)
-        if rows is not None:
-            activations = activations[:rows]
-            kept = tf.tile(tf.range(batch) < rows, [repeats])
-            sampled = tf.boolean_mask(sampled, kept)
-        activations = tf.tile(activations, [repeats, 1, 1])
-        collected.setdefault(layer, []).append((activations, sampled))
-    return {
-        layer: calls[0] if len(calls) == 1 else tuple(tf.concat(parts, axis=1) for parts in zip(*calls, strict=True))
-        for layer, calls in collected.items()
-    }
+        collected.setdefault(record.layer, []).append(LayerCall(record.inputs, gradient))
+    for layer, calls in collected.items():
+        limit = rows
+        if budget is not None:
+            fitting = rows_within(budget, layer.block_shapes, positions_of(layer, calls))
+            limit = fitting if rows is None else min(rows, fitting)
+        collected[layer] = [_first_rows(*call, limit) for call in calls]
+    return collected
+
+
+def _first_rows(inputs: tf.Tensor, gradient: tf.Tensor, rows: int | None) -> LayerCall:
+    """The first examples, the inputs repeated where the gradient holds several rows of each."""
+    batch = tf.shape(inputs)[0]
+    repeats = tf.math.floordiv(tf.shape(gradient)[0], tf.maximum(batch, 1))
+    if rows is not None:
+        inputs = inputs[:rows]
+        gradient = tf.boolean_mask(gradient, tf.tile(tf.range(batch) < rows, [repeats]))
+    multiples = tf.concat([[repeats], tf.ones([inputs.shape.rank - 1], tf.int32)], 0)
+    return LayerCall(tf.tile(inputs, multiples), gradient)
+
+
+def layer_samples(
+    forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None
+) -> dict[RecordingLayer, list[Samples]]:
+    """Samples of every recorded layer, in the one format; arguments as `layer_calls`.
+
+    Returns:
+        `{layer: [(activations [batch, shared, d_in], gradients [batch, shared, d_out]) of each block]}`; the calls of a
+        layer stand side by side along `shared`, so that their contributions to `D_n` add up.
+    """
+    calls = layer_calls(forward_pass, gradients, rows)
+    return {layer: side_by_side(layer, of_layer) for layer, of_layer in calls.items()}
+
+
+def whole_layer(blocks: list[Samples]) -> Samples:
+    """The samples of several blocks as those of one matrix, the blocks' columns side by side.
+
+    Blocks stand side by side along `shared`, their gradients zero in the columns of the others, so that `D_n` is the
+    gradient of the whole.
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    widths = [gradients.shape[-1] for _, gradients in blocks]
+    padded = [
+        tf.pad(gradients, [[0, 0], [0, 0], [sum(widths[:index]), sum(widths[index + 1 :])]])
+        for index, (_, gradients) in enumerate(blocks)
+    ]
+    return tf.concat([activations for activations, _ in blocks], axis=1), tf.concat(padded, axis=1)
 
 
 def fisher_samples(
@@ -143,12 +177,22 @@ def fisher_samples(
 
     Returns:
         `{layer name: (activations [batch, shared, d_in], gradients [batch, shared, d_out])}`, float32 (float64 for
-        layers of that dtype), bias column last. A layer called twice has its calls side by side along `shared`. Layers
-        with the same name are told apart by their paths.
+        layers of that dtype), bias column last, patches of convolutions in the kernel's own row order. A layer called
+        twice has its calls side by side along `shared`. So has a grouped convolution its groups, with gradients that
+        are zero outside the group's own filters, so that `D_n` is the gradient of the whole kernel. Layers with the
+        same name are told apart by their paths.
 
     Raises:
         ValueError: the model is not compiled with a loss, holds no instrumented layer, or its density can't be known.
     """
+    samples = block_samples(model, x, y, seed, fisher=fisher, likelihood=likelihood)
+    return {name: whole_layer(blocks) for name, blocks in samples.items()}
+
+
+def block_samples(
+    model: keras.Model, x: Any, y: Any, seed: int | None, *, fisher: str, likelihood: str | Callable
+) -> dict[str, list[Samples]]:
+    """`fisher_samples` with a list for each layer: the samples of each of its blocks."""
     check_fisher(fisher)
     likelihoods.check(likelihood)
     if fisher == "empirical":
@@ -173,9 +217,7 @@ def fisher_samples(
         gradients = preactivation_gradients(forward_pass, heads, fisher, tf.constant(drawn, tf.int32))
     samples = layer_samples(forward_pass, gradients)
     names = [layer.name for layer in samples]
-    return {
-        (layer.name if names.count(layer.name) == 1 else layer.path): of_layer for layer, of_layer in samples.items()
-    }
+    return {(layer.name if names.count(layer.name) == 1 else layer.path): found for layer, found in samples.items()}
 
 
 def _forward(model: keras.Model, x: Any, y: Any, layers: list[RecordingLayer], recorder: Recorder) -> ForwardPass:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_kpsvd.curvature.approximations import TWO_TERM_METHODS, Pair, approximate_terms
+from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
-from keras_kpsvd.curvature.samples import Samples
+from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import (
     all_finite,
@@ -30,6 +30,9 @@ PROBE_TOLERANCE = 1e-2
 # Eigenpairs of the second term kept on either side; a factor of up to twice as many rows keeps all of its own.
 CORRECTION_RANK = 64
 
+# Steps of power iteration for several positions per example, from nothing and from the last refresh.
+COLD_STEPS, WARM_STEPS = 12, 1
+
 
 @dataclass(frozen=True)
 class CurvatureOptions:
@@ -41,23 +44,29 @@ class CurvatureOptions:
     indefinite: str
 
 
-class LayerCurvature:
-    """Variables of one layer and the pure functions that compute their next values.
+class BlockCurvature:
+    """Variables of one block and the pure functions that compute their next values.
 
-    Before the first good refresh the preconditioner is the identity: the layer takes a plain gradient step.
+    Before the first good refresh the preconditioner is the identity: the block takes a plain gradient step.
 
     Args:
-        layer: a built instrumented layer.
+        prefix: of the variables' names.
+        shape: `(d_in, d_out)`.
+        dtype: of factors and preconditioner.
         options: shared choices.
         add_variable: the optimizer's `add_variable`.
     """
 
-    def __init__(self, layer: RecordingLayer, options: CurvatureOptions, add_variable: Callable[..., keras.Variable]):
-        self.layer = layer
+    def __init__(
+        self,
+        prefix: str,
+        shape: tuple[int, int],
+        dtype: str,
+        options: CurvatureOptions,
+        add_variable: Callable[..., keras.Variable],
+    ):
         self.options = options
-        d_in, d_out = layer.curvature_shape
-        dtype = "float64" if layer.variable_dtype == "float64" else "float32"
-        prefix = layer.path.replace("/", "_")
+        d_in, d_out = shape
 
         def add(shape: tuple[int, ...], name: str, initializer: str = "zeros") -> keras.Variable:
             return add_variable(shape=shape, dtype=dtype, name=f"{prefix}_{name}", initializer=initializer)
@@ -79,11 +88,8 @@ class LayerCurvature:
                 add((r_out,), "s2"),
             ]
 
-    def refresh(self, samples: Samples) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def refresh(self, batch: BatchCurvature) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The averaged factors with one more batch in them, and whether they are good.
-
-        Args:
-            samples: `(activations [batch, shared, d_in], gradients [batch, shared, d_out])`.
 
         Returns:
             The next values of `refresh_targets`, the old ones where anything was not finite, and a scalar boolean.
@@ -91,7 +97,7 @@ class LayerCurvature:
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         count = tf.convert_to_tensor(self.count)
         try:
-            return _kernels(self.options).refresh(*samples, old, count)
+            return _kernels(self.options).refresh(batch, old, count)
         except tf.errors.OpError:  # As in `invert`.
             return [*_flatten(old), count], tf.constant(False)
 
@@ -124,6 +130,58 @@ class LayerCurvature:
         return apply_one_term(*tensors, matrix)
 
 
+class LayerCurvature:
+    """The blocks of one instrumented layer: one for most, one for each group of a grouped convolution.
+
+    Args:
+        layer: a built instrumented layer.
+        options: shared choices.
+        add_variable: the optimizer's `add_variable`.
+    """
+
+    def __init__(self, layer: RecordingLayer, options: CurvatureOptions, add_variable: Callable[..., keras.Variable]):
+        self.layer = layer
+        self.options = options
+        dtype = "float64" if layer.variable_dtype == "float64" else "float32"
+        prefix = layer.path.replace("/", "_")
+        shapes = layer.block_shapes
+        names = [prefix] if len(shapes) == 1 else [f"{prefix}_block_{index}" for index in range(len(shapes))]
+        self.blocks = [
+            BlockCurvature(name, shape, dtype, options, add_variable) for name, shape in zip(names, shapes, strict=True)
+        ]
+
+    def refresh(self, calls: list[LayerCall]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """`BlockCurvature.refresh` of all blocks, good where all are."""
+        method = self.options.method
+        batches = reduce_calls(self.layer, calls, base=method in KFAC_METHODS, svd=method != "kfac")
+        return _joined([block.refresh(batch) for block, batch in zip(self.blocks, batches, strict=True)])
+
+    @property
+    def refresh_targets(self) -> list[keras.Variable]:
+        """What the values of `refresh` are assigned to."""
+        return [variable for block in self.blocks for variable in block.refresh_targets]
+
+    def invert(self, damping: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """`BlockCurvature.invert` of all blocks, good where all are."""
+        return _joined([block.invert(damping) for block in self.blocks])
+
+    @property
+    def preconditioner(self) -> list[keras.Variable]:
+        """What the values of `invert` are assigned to."""
+        return [variable for block in self.blocks for variable in block.preconditioner]
+
+    def precondition(self, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The preconditioner times gradients by the layer's `curvature_variables`, in their shapes."""
+        matrices = self.layer.to_matrices(gradients)
+        return self.layer.from_matrices(
+            [block.precondition(matrix) for block, matrix in zip(self.blocks, matrices, strict=True)]
+        )
+
+
+def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.Tensor], tf.Tensor]:
+    return [value for values, _ in results for value in values], tf.reduce_all(tf.stack([good for _, good in results]))
+
+
 class _Kernels(NamedTuple):
     refresh: Callable
     invert: Callable
@@ -139,28 +197,39 @@ def _kernels(options: CurvatureOptions) -> _Kernels:
 
 
 def _refresh(
-    options: CurvatureOptions, activations: tf.Tensor, gradients: tf.Tensor, old: tuple[Pair, ...], count: tf.Tensor
+    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    finite = all_finite(activations, gradients)
-    # Decompositions raise on NaN in graph mode: they never see one.
-    activations, gradients = (tf.where(finite, value, tf.zeros_like(value)) for value in (activations, gradients))
-    # The Gram route where there is one: exact, and the rows of a refresh are few.
-    route = "gram" if activations.shape[1] == 1 else "auto"
-    new = approximate_terms(activations, gradients, options.method, symmetric=True, route=route)
-    factorwise = options.method in ("kfac", "kfac_corrected")
+    batch, finite = batch.finite_or_zero()
+    factorwise = options.method in KFAC_METHODS
+    batch = batch.with_kfac(base=factorwise)
+    new = _batch_terms(options.method, batch, old, count)
     trace = None
     weight = average_weight(count, options.factor_decay)
     if not factorwise:
         # The free scale of an SVD term is fixed by KFAC's: tr A is the mean squared length of the activations.
-        batch = tf.cast(tf.maximum(tf.shape(activations)[0], 1), activations.dtype)
-        now = tf.reduce_sum(tf.square(activations)) / batch
-        part = tf.cast(weight, now.dtype)
-        trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * now
+        part = tf.cast(weight, batch.trace.dtype)
+        trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
     flat_old, flat_new = _flatten(old), _flatten(averaged)
     good = finite & all_finite(*flat_new)
     values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
+
+
+def _batch_terms(method: str, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor) -> tuple[Pair, ...]:
+    """The terms of one batch: exact by the Gram route where there is one position per example.
+
+    Else by power iteration from the averaged right factors, one step of three products for each triple: averages move
+    slowly, and the steps of successive refreshes add up. The first refresh has nothing to start from.
+    """
+    if method == "kfac":
+        return (batch.base,)
+    operator = batch.compressed().operator()
+    if operator.positions == 1:
+        return operator_terms(operator, batch.base, method, symmetric=True, route="gram")
+    starts = tf.stack([g for _, g in (old[1:] if method == "kfac_corrected" else old)])
+    steps = tf.where(count > 0, WARM_STEPS, COLD_STEPS)
+    return operator_terms(operator, batch.base, method, symmetric=True, route="power", start=starts, max_steps=steps)
 
 
 def _invert(

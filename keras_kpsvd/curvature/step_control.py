@@ -6,7 +6,7 @@ Fisher, not of its Kronecker approximation, which overestimates a good step up t
 
 `δᵀFδ = E_n[(J_nδ)ᵀ F_z (J_nδ)]`, with `F_z` the Fisher of the predictive distribution at the outputs. `J_nδ` needs no
 second forward pass: the gradients `g_l(u)` of the recorder's tape are linear in the cotangent `u`, so that `Jδ = ∇_u
-Σ_l ⟨g_l(u), ā_l δ_l⟩`. In a graph the values of `g_l` are never computed, and a direction costs two matrix products a
+Σ_l ⟨g_l(u), ā_l δ_l⟩`. In a graph the values of `g_l` are never computed, and a direction costs two products a
 layer.
 
 λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, §6.5 of the same paper). The model
@@ -23,14 +23,18 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
-from keras_kpsvd.layers import ForwardPass, RecordingLayer
+from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
 
 # Slopes are averaged over some five steps. λ moves by a fifth a step at most: the paper's slower (19/20)^T1 every T1
-# steps spends the first hundred steps on the way down (measured on CURVES and MNIST; benchmarks/README.md).
+# steps spends the first hundred steps on the way down. Chosen on CURVES and MNIST with seed 0; see README.md.
 SLOPE_DECAY = 0.8
 DAMPING_FACTOR = 0.8
 DAMPING_RANGE = (1e-5, 1e3)
 RAISE_BELOW, LOWER_ABOVE = 0.25, 0.75
+
+
+# A direction in weight space: for each layer a value for each of its `curvature_variables`.
+Direction = dict[RecordingLayer, list[tf.Tensor]]
 
 
 class StepCoefficients(NamedTuple):
@@ -40,20 +44,18 @@ class StepCoefficients(NamedTuple):
     momentum: tf.Tensor
 
 
-def linearised_outputs(
-    forward_pass: ForwardPass, heads: list[likelihoods.Head], matrices: dict[RecordingLayer, tf.Tensor]
-) -> list[tf.Tensor]:
+def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head], changes: Direction) -> list[tf.Tensor]:
     """`J δ`, the change of every output of the model for a small change `δ` of the weights of its instrumented layers.
 
     Args:
         forward_pass: a closed pass with a persistent tape.
         heads: its outputs.
-        matrices: `δ_l [d_in, d_out]` for each layer that changes.
+        changes: `{layer: values}`, a change for each of its `curvature_variables`.
 
     Returns:
         For each head a tensor of the shape of its outputs.
     """
-    records = [record for record in forward_pass.records if record.layer in matrices]
+    records = [record for record in forward_pass.records if record.layer in changes]
     outputs = [head.outputs for head in heads]
     cotangents = [tf.zeros_like(output) for output in outputs]
     with tf.GradientTape(watch_accessed_variables=False) as linear:
@@ -65,10 +67,10 @@ def linearised_outputs(
         for record, gradient in zip(records, gradients, strict=True):
             if gradient is None:
                 continue
-            activations = record.layer.sample_activations(record.inputs)
-            change = tf.matmul(activations, tf.cast(matrices[record.layer], activations.dtype))
-            product = record.layer.sample_gradients(gradient) * change
-            total += tf.cast(tf.reduce_sum(product), tf.float32)
+            inputs = at_least_float32(record.inputs)
+            values = [tf.cast(value, inputs.dtype) for value in changes[record.layer]]
+            change = record.layer.linear_map(inputs, *values)
+            total += tf.cast(tf.reduce_sum(tf.cast(gradient, change.dtype) * change), tf.float32)
     tangents = linear.gradient(total, cotangents)
     return [
         tf.zeros_like(output) if tangent is None else tangent for tangent, output in zip(tangents, outputs, strict=True)
@@ -78,7 +80,7 @@ def linearised_outputs(
 def quadratic_model(
     forward_pass: ForwardPass,
     heads: list[likelihoods.Head],
-    directions: list[dict[RecordingLayer, tf.Tensor]],
+    directions: list[Direction],
     damping: tf.Tensor,
     seed: tf.Tensor,
 ) -> tf.Tensor:
@@ -87,7 +89,7 @@ def quadratic_model(
     Args:
         forward_pass: a closed pass with a persistent tape.
         heads: its outputs.
-        directions: `k` of them, each `{layer: V [d_in, d_out]}`.
+        directions: `k` of them, each `{layer: values for its curvature variables}`.
         damping: λ, scalar.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
 
@@ -103,11 +105,14 @@ def quadratic_model(
     return tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
 
 
-def inner(one: dict[RecordingLayer, tf.Tensor], other: dict[RecordingLayer, tf.Tensor]) -> tf.Tensor:
+def inner(one: Direction, other: Direction) -> tf.Tensor:
     """The Euclidean inner product of two directions, float32 scalar."""
-    return tf.add_n(
-        [tf.cast(tf.reduce_sum(one[layer] * tf.cast(other[layer], one[layer].dtype)), tf.float32) for layer in one]
-    )
+    products = [
+        tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype)), tf.float32)
+        for layer, values in one.items()
+        for value, of_other in zip(values, other[layer], strict=True)
+    ]
+    return tf.add_n(products)
 
 
 def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -> StepCoefficients:

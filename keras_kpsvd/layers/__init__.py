@@ -1,6 +1,19 @@
 """Keras layers that report to the curvature recorder."""
 
+from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
 from keras_kpsvd.layers.dense import KPSVDDense
-from keras_kpsvd.layers.recording import ForwardPass, Record, Recorder, RecordingLayer, layers_of
+from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
+from keras_kpsvd.layers.recording import ForwardPass, Record, Recorder, RecordingLayer, at_least_float32, layers_of
 
-__all__ = ["ForwardPass", "KPSVDDense", "Record", "Recorder", "RecordingLayer", "layers_of"]
+__all__ = [
+    "ForwardPass",
+    "KPSVDConv1D",
+    "KPSVDConv2D",
+    "KPSVDDense",
+    "KPSVDEinsumDense",
+    "Record",
+    "Recorder",
+    "RecordingLayer",
+    "at_least_float32",
+    "layers_of",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kpsvd.layers.recording import RecordingLayer
+from keras_kpsvd.layers.recording import RecordingLayer, at_least_float32, merge_positions, with_ones
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")
@@ -43,10 +45,12 @@ class KPSVDDense(RecordingLayer, keras.layers.Dense):
     def call(self, inputs, training=None):
         if not self._recordable:
             return super().call(inputs, training=training)
-        preactivation = ops.matmul(inputs, self.kernel)
-        if self.bias is not None:
-            preactivation = ops.add(preactivation, self.bias)
-        return self._activate(inputs, preactivation, training)
+        return self._activate(inputs, self.linear_map(inputs, self.kernel, self.bias), training)
+
+    def linear_map(self, inputs: Any, kernel: Any, bias: Any = None) -> Any:
+        """`inputs · kernel + bias`."""
+        outputs = ops.matmul(inputs, kernel)
+        return outputs if bias is None else ops.add(outputs, bias)
 
     @property
     def curvature_variables(self) -> list[keras.Variable]:
@@ -54,41 +58,21 @@ class KPSVDDense(RecordingLayer, keras.layers.Dense):
         return [self._kernel] if self.bias is None else [self._kernel, self.bias]
 
     @property
-    def curvature_shape(self) -> tuple[int, int]:
-        """`(d + 1, units)` with a bias, `(d, units)` without."""
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """One block, `(d + 1, units)` with a bias, `(d, units)` without."""
         inputs, units = self._kernel.shape
-        return inputs + (self.bias is not None), units
+        return [(inputs + (self.bias is not None), units)]
 
-    def sample_activations(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Inputs `[batch, ..., d]` as `[batch, shared, d_in]`, a column of ones last where there is a bias."""
-        activations = _as_sequence(inputs)
-        if self.bias is None:
-            return activations
-        return tf.concat([activations, tf.ones_like(activations[..., :1])], axis=-1)
+    def samples(self, inputs: tf.Tensor, gradient: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """Inputs, a column of ones last where there is a bias, and gradients, the axes in between merged."""
+        activations, gradients = (merge_positions(at_least_float32(values)) for values in (inputs, gradient))
+        return [(activations if self.bias is None else with_ones(activations), gradients)]
 
-    def sample_gradients(self, gradient: tf.Tensor) -> tf.Tensor:
-        """A gradient by the pre-activation `[batch, ..., units]` as `[batch, shared, units]`."""
-        return _as_sequence(gradient)
-
-    def to_matrix(self, values: list[tf.Tensor]) -> tf.Tensor:
+    def to_matrices(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
         """`[kernel]` or `[kernel, bias]` as one matrix, the bias as its last row."""
-        return values[0] if self.bias is None else tf.concat([values[0], values[1][None, :]], axis=0)
+        return [values[0] if self.bias is None else tf.concat([values[0], values[1][None, :]], axis=0)]
 
-    def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
-        """The inverse of `to_matrix`."""
+    def from_matrices(self, matrices: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The inverse of `to_matrices`."""
+        (matrix,) = matrices
         return [matrix] if self.bias is None else [matrix[:-1], matrix[-1]]
-
-
-def _as_sequence(values: tf.Tensor) -> tf.Tensor:
-    """`[batch, ..., features]` as `[batch, shared, features]` in float32, or float64 where it came so."""
-    if values.dtype != tf.float64:
-        values = tf.cast(values, tf.float32)
-    if values.shape.rank == 2:
-        return values[:, None, :]
-    if values.shape.rank == 3:
-        return values
-    shape = tf.shape(values)
-    shared = tf.reduce_prod(shape[1:-1])
-    static = values.shape[1:-1].num_elements()
-    flat = tf.reshape(values, [shape[0], shared if static is None else static, values.shape[-1]])
-    return flat

@@ -223,11 +223,16 @@ def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss:
 class RecordingLayer:
     """Mixin of every instrumented layer: to whom it reports, and how it reduces to the one sample format.
 
-    A layer maps its calls to `activations [batch, shared, d_in]` and `gradients [batch, shared, d_out]`, and its
-    weights to one matrix `[d_in, d_out]` in the same order, the bias as its last row. Subclasses define the methods
-    that raise here.
+    A layer is a linear map of its inputs (`linear_map`) and an activation. It splits its weights into blocks, each with
+    a Fisher block of its own (one for most layers, one for each group of a grouped convolution), and maps its calls to
+    `activations [batch, shared, d_in]` and `gradients [batch, shared, d_out]` of each block and its weights to a matrix
+    `[d_in, d_out]` of each in the same order, the bias as the last row. Subclasses define the methods that raise here.
+
+    Attributes:
+        expands: samples are larger than the layer's inputs (patches), so that they are made a few examples at a time.
     """
 
+    expands = False
     _recorders: tuple[weakref.ref, ...] = ()
 
     def attach(self, recorder: Recorder) -> None:
@@ -266,26 +271,48 @@ class RecordingLayer:
         """The kernel, then the bias if there is one."""
         raise TypeError(f"{type(self).__name__} must define `curvature_variables`.")
 
+    def linear_map(self, inputs: Any, kernel: Any, bias: Any = None) -> Any:
+        """The pre-activation for given weights; linear in them, so that it also maps their changes."""
+        raise TypeError(f"{type(self).__name__} must define `linear_map`.")
+
     @property
-    def curvature_shape(self) -> tuple[int, int]:
-        """`(d_in, d_out)` of the weight matrix, bias row included."""
-        raise TypeError(f"{type(self).__name__} must define `curvature_shape`.")
+    def block_shapes(self) -> list[tuple[int, int]]:
+        """`(d_in, d_out)` of each block's matrix, bias row included."""
+        raise TypeError(f"{type(self).__name__} must define `block_shapes`.")
 
-    def sample_activations(self, inputs: tf.Tensor) -> tf.Tensor:
-        """The layer's inputs as `[batch, shared, d_in]`, float32 or float64, bias column last."""
-        raise TypeError(f"{type(self).__name__} must define `sample_activations`.")
+    def samples(self, inputs: tf.Tensor, gradient: tf.Tensor) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """One call's inputs and gradient by the pre-activation as samples of each block, float32 or float64."""
+        raise TypeError(f"{type(self).__name__} must define `samples`.")
 
-    def sample_gradients(self, gradient: tf.Tensor) -> tf.Tensor:
-        """A gradient by the pre-activation as `[batch, shared, d_out]`."""
-        raise TypeError(f"{type(self).__name__} must define `sample_gradients`.")
+    def to_matrices(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Values for `curvature_variables` as a matrix `[d_in, d_out]` for each block."""
+        raise TypeError(f"{type(self).__name__} must define `to_matrices`.")
 
-    def to_matrix(self, values: list[tf.Tensor]) -> tf.Tensor:
-        """Values for `curvature_variables` as one matrix `[d_in, d_out]`."""
-        raise TypeError(f"{type(self).__name__} must define `to_matrix`.")
+    def from_matrices(self, matrices: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The inverse of `to_matrices`."""
+        raise TypeError(f"{type(self).__name__} must define `from_matrices`.")
 
-    def from_matrix(self, matrix: tf.Tensor) -> list[tf.Tensor]:
-        """The inverse of `to_matrix`."""
-        raise TypeError(f"{type(self).__name__} must define `from_matrix`.")
+
+def at_least_float32(values: tf.Tensor) -> tf.Tensor:
+    """In float32, or float64 where it came so: half precision is for the model, not for its statistics."""
+    return values if values.dtype == tf.float64 else tf.cast(values, tf.float32)
+
+
+def with_ones(activations: tf.Tensor) -> tf.Tensor:
+    """A column of ones behind the last, for the bias."""
+    return tf.concat([activations, tf.ones_like(activations[..., :1])], axis=-1)
+
+
+def merge_positions(values: tf.Tensor) -> tf.Tensor:
+    """`[batch, ..., features]` as `[batch, shared, features]`."""
+    if values.shape.rank == 2:
+        return values[:, None, :]
+    if values.shape.rank == 3:
+        return values
+    shape = tf.shape(values)
+    static = values.shape[1:-1].num_elements()
+    shared = tf.reduce_prod(shape[1:-1]) if static is None else static
+    return tf.reshape(values, [shape[0], shared, values.shape[-1]])
 
 
 def layers_of(variables: Iterable[keras.Variable]) -> list[RecordingLayer]:

@@ -47,7 +47,8 @@ class RearrangedFisher:
         activations: `[N, T, d_in]`, float32 or float64 (a bias column, if any, already appended).
         gradients: `[N, T, d_out]`, same dtype.
         subtracted: Terms taken off: `SubtractedTerm`s or plain pairs `(A [d_in, d_in], G [d_out, d_out])`.
-        weight_gradients: `D_n`, `[N, d_in, d_out]`, or None to form it on demand: see `prepared`.
+        weight_gradients: `D_n` as `[d_in, N, d_out]`, the order in which both products are single matrix products
+            without a transposition; None to form it on demand: see `prepared`.
 
     Raises:
         ValueError: If the samples are not of rank 3, their dtypes or known batch and position sizes differ, or a
@@ -83,6 +84,24 @@ class RearrangedFisher:
         object.__setattr__(self, "activations", activations)
         object.__setattr__(self, "gradients", gradients)
         object.__setattr__(self, "subtracted", terms)
+
+    @classmethod
+    def from_weight_gradients(cls, weight_gradients: tf.Tensor) -> "RearrangedFisher":
+        """The operator of given `D_n`, with no samples that made them.
+
+        Its `activations` and `gradients` are `D_n` itself and the identity, of `min(d_in, d_out)` positions, whatever
+        the number of positions summed in `D_n`.
+
+        Args:
+            weight_gradients: `[d_in, N, d_out]`.
+        """
+        d_in, count, d_out = tf.unstack(tf.shape(weight_gradients))
+        static_in, _, static_out = weight_gradients.shape
+        if static_in < static_out:
+            eye = tf.eye(d_in, batch_shape=[count], dtype=weight_gradients.dtype)
+            return cls(eye, tf.transpose(weight_gradients, [1, 0, 2]), (), weight_gradients)
+        eye = tf.eye(d_out, batch_shape=[count], dtype=weight_gradients.dtype)
+        return cls(tf.transpose(weight_gradients, [1, 2, 0]), eye, (), weight_gradients)
 
     @property
     def dtype(self) -> tf.DType:
@@ -235,10 +254,13 @@ class RearrangedFisher:
         Returns:
             `(operator, unit)` with `self = unit² · operator`, unit a positive scalar.
         """
-        activation_rows, activation_lengths = unit_rows(self.activations)
-        gradient_rows, gradient_lengths = unit_rows(self.gradients)
-        # √ of each length, never of their product, which may overflow.
-        lengths = tf.sqrt(activation_lengths) * tf.sqrt(gradient_lengths)
+        if self.weight_gradients is None:
+            activation_rows, activation_lengths = unit_rows(self.activations)
+            gradient_rows, gradient_lengths = unit_rows(self.gradients)
+            # √ of each length, never of their product, which may overflow.
+            lengths = tf.sqrt(activation_lengths) * tf.sqrt(gradient_lengths)
+        else:
+            lengths = tf.sqrt(safe_norm(self.weight_gradients, axis=[0, 2]))
         magnitudes = [(safe_norm(term.left), safe_norm(term.right)) for term in self.subtracted]
         roots = [tf.sqrt(tf.sqrt(left)) * tf.sqrt(tf.sqrt(right)) for left, right in magnitudes]
         # reduce_max of an empty batch is -inf; the zero in front keeps it out.
@@ -251,8 +273,12 @@ class RearrangedFisher:
             )
             for term, (left, right), own in zip(self.subtracted, magnitudes, roots, strict=True)
         )
+        unit = tf.square(root)
+        if self.weight_gradients is not None:
+            scaled = RearrangedFisher.from_weight_gradients(self.weight_gradients / unit)
+            return replace(scaled, subtracted=terms), unit
         weights = (lengths / root)[..., tf.newaxis]
-        return RearrangedFisher(weights * activation_rows, weights * gradient_rows, terms), tf.square(root)
+        return RearrangedFisher(weights * activation_rows, weights * gradient_rows, terms), unit
 
     def astype(self, dtype: tf.DType) -> "RearrangedFisher":
         """The operator with samples and subtracted terms cast to `dtype`."""
@@ -283,7 +309,7 @@ class RearrangedFisher:
     def _explicit_weight_gradients(self) -> tf.Tensor:
         if self.weight_gradients is not None:
             return self.weight_gradients
-        return tf.matmul(self.activations, self.gradients, transpose_a=True)
+        return tf.transpose(tf.matmul(self.activations, self.gradients, transpose_a=True), [1, 0, 2])
 
     def _average(self, outer: tf.Tensor, inner: tf.Tensor, matrix: tf.Tensor, transpose: bool) -> tf.Tensor:
         """`E_n[X_n M X_nᵀ]` with `X_n = outer_nᵀ inner_n`, `[d_outer, d_outer]`."""
@@ -298,12 +324,13 @@ class RearrangedFisher:
             right = tf.reshape(tf.matmul(kernels, outer), [-1, d_outer])
             return tf.matmul(tf.reshape(outer, [-1, d_outer]), right, transpose_a=True) / count
         products = self._explicit_weight_gradients()
-        # One matrix product over the batch: rows (n, inner feature) against columns of the outer features.
-        order = [0, 1, 2] if transpose else [0, 2, 1]
-        stacked = tf.transpose(products, order)  # [N, d_inner, d_outer]
-        moved = tf.einsum("pq,nqi->npi", matrix, stacked)
-        stacked, moved = tf.reshape(stacked, [-1, d_outer]), tf.reshape(moved, [-1, d_outer])
-        return tf.matmul(stacked, moved, transpose_a=True) / count
+        d_in, d_out = self.d_in, self.d_out
+        wide, tall = tf.reshape(products, [d_in, -1]), tf.reshape(products, [-1, d_out])
+        if transpose:
+            moved = tf.reshape(tf.matmul(matrix, wide), [-1, d_out])
+            return tf.matmul(tall, moved, transpose_a=True) / count
+        moved = tf.reshape(tf.matmul(tall, matrix), [d_in, -1])
+        return tf.matmul(moved, wide, transpose_b=True) / count
 
     def _sum_of_squared_inner_products(self) -> tf.Tensor:
         """`Σ_{n,m} ⟨D_n, D_m⟩²`, in the operator's dtype."""
@@ -313,7 +340,8 @@ class RearrangedFisher:
             gram = tf.matmul(rows, rows, transpose_b=True) * tf.matmul(directions, directions, transpose_b=True)
             return tf.reduce_sum(tf.square(gram))
         if positions is None or positions**2 * (self.d_in + self.d_out) >= self.d_in * self.d_out:
-            flat = tf.reshape(self._explicit_weight_gradients(), [-1, self.d_in * self.d_out])
+            flat = tf.transpose(self._explicit_weight_gradients(), [1, 0, 2])
+            flat = tf.reshape(flat, [-1, self.d_in * self.d_out])
             return tf.reduce_sum(tf.square(tf.matmul(flat, flat, transpose_b=True)))
         all_activations = tf.reshape(activations, [-1, self.d_in])
         all_gradients = tf.reshape(gradients, [-1, self.d_out])

@@ -229,20 +229,27 @@ def _successive_power(
 
 def _starts(operator: RearrangedFisher, k: int, start: tf.Tensor | None, parity: Parity) -> tf.Tensor:
     """`[k, d_out, d_out]` starts of the wanted parity; a zero one is replaced by the default."""
-    shape = [k, operator.d_in, operator.d_in]
-    noise = project(tf.random.stateless_normal(shape, seed=[2023, 73], dtype=operator.dtype), parity)
-    noise = divide_no_nan(noise, safe_norm(noise, axis=[1, 2], keepdims=True))
-    if parity == "symmetric":
-        # The leading factor is positive semi-definite, so the identity has a large component along it. The noise is the
-        # smaller part: with one feature it is ±1 and would cancel the identity.
-        noise = 0.5 * noise + tf.eye(operator.d_in, dtype=operator.dtype) / operator.d_in**0.5
-    default = project(tf.stack([operator.rmatvec(one) for one in tf.unstack(noise)]), parity)
-    default = divide_no_nan(default, safe_norm(default, axis=[1, 2], keepdims=True))
+
+    def default():
+        shape = [k, operator.d_in, operator.d_in]
+        noise = project(tf.random.stateless_normal(shape, seed=[2023, 73], dtype=operator.dtype), parity)
+        noise = divide_no_nan(noise, safe_norm(noise, axis=[1, 2], keepdims=True))
+        if parity == "symmetric":
+            # The leading factor is positive semi-definite, so the identity has a large component along it. The noise is
+            # the smaller part: with one feature it is ±1 and would cancel the identity.
+            noise = 0.5 * noise + tf.eye(operator.d_in, dtype=operator.dtype) / operator.d_in**0.5
+        image = project(tf.stack([operator.rmatvec(one) for one in tf.unstack(noise)]), parity)
+        return divide_no_nan(image, safe_norm(image, axis=[1, 2], keepdims=True))
+
     if start is None:
-        return default
+        return default()
     start = tf.cast(start, operator.dtype)
     start = tf.broadcast_to(start, [k, operator.d_out, operator.d_out])
     start = project(tf.where(tf.math.is_finite(start), start, tf.zeros_like(start)), parity)
     norms = safe_norm(start, axis=[1, 2], keepdims=True)
     # Rounding leaves a speck of the other parity; a start made of it alone is no start.
-    return tf.where(norms > 0, divide_no_nan(start, norms), default)
+    return tf.cond(
+        tf.reduce_all(norms > 0),
+        lambda: divide_no_nan(start, norms),
+        lambda: tf.where(norms > 0, divide_no_nan(start, norms), default()),
+    )

@@ -266,7 +266,7 @@ def _recorded(model, x, y, sample_weight=None, **recorder):
 def _samples_of(forward_pass, fisher, rows=None):
     heads = pass_heads(forward_pass, "auto")
     gradients = preactivation_gradients(forward_pass, heads, fisher, tf.constant([0, 0]))
-    return {layer.name: samples for layer, samples in layer_samples(forward_pass, gradients, rows).items()}
+    return {layer.name: samples for layer, (samples,) in layer_samples(forward_pass, gradients, rows).items()}
 
 
 @pytest.mark.parametrize("name", ["bce", "categorical", "categorical_logits_sum", "mse", "mse_sum"])

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kpsvd import KPSVDDense
+from keras_kpsvd import KPSVDConv2D
+from keras_kpsvd.curvature import state
 from keras_kpsvd.curvature.approximations import METHODS
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
+from keras_kpsvd.curvature.state import BlockCurvature, CurvatureOptions, LayerCurvature
+from keras_kpsvd.linalg import RearrangedFisher
 from tests import reference
 
 D_IN, D_OUT, DECAY = 4, 3, 0.75
 
 
-def _layer(method, rule="sqrt", indefinite="absolute"):
-    layer = KPSVDDense(D_OUT, dtype="float64")
-    layer.build((None, D_IN - 1))
+def _layer(method, rule="sqrt", indefinite="absolute", shape=(D_IN, D_OUT)):
     made = []
 
     def add_variable(shape, dtype, name, initializer):
@@ -23,7 +24,8 @@ def _layer(method, rule="sqrt", indefinite="absolute"):
         made.append(keras.Variable(initial.astype(dtype), name=name))
         return made[-1]
 
-    return LayerCurvature(layer, CurvatureOptions(method, rule, DECAY, indefinite), add_variable)
+    options = CurvatureOptions(method, rule, DECAY, indefinite)
+    return BlockCurvature("block", shape, "float64", options, add_variable)
 
 
 def _samples(seed=0, scale=1.0, shared=1, rows=12):
@@ -35,7 +37,7 @@ def _samples(seed=0, scale=1.0, shared=1, rows=12):
 
 
 def _refresh(block, samples):
-    values, good = block.refresh(samples)
+    values, good = block.refresh(BatchCurvature(*samples) if isinstance(block, BlockCurvature) else samples)
     for variable, value in zip(block.refresh_targets, values, strict=True):
         variable.assign(value)
     return bool(good)
@@ -173,3 +175,88 @@ def test_dead_batches_fade_and_never_become_nan(method):
         assert _refresh(block, dead) and _invert(block)
         assert all(np.isfinite(v.numpy()).all() for v in block.preconditioner)
     assert 0 < np.linalg.norm(reference.kronecker_sum(_factors(block))) < alive
+
+
+def _convolution_like(seed, shared=6, rows=40):
+    """Batches of one distribution, positions and sides dependent, so that no one-term sum is exact."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(D_IN, D_OUT))
+    activations = rng.normal(size=(rows, shared, D_IN)) * np.linspace(1, 3, D_IN) + rng.normal(size=(rows, 1, D_IN))
+    gradients = np.tanh(activations @ mixing) * activations[..., :1]
+    return tf.constant(activations), tf.constant(gradients)
+
+
+@pytest.mark.parametrize("method", ["kpsvd", "deflation", "lanczos", "kfac_corrected"])
+def test_refreshes_with_several_positions_follow_the_converged_ones(method, monkeypatch):
+    """One step a refresh, from the last, fits the averaged Fisher as well as if every refresh ran to the end."""
+    warm, converged = _layer(method), _layer(method)
+    for seed in range(12):
+        assert _refresh(warm, _convolution_like(seed))
+    monkeypatch.setattr(state, "WARM_STEPS", 500)
+    state._kernels.cache_clear()
+    try:
+        for seed in range(12):
+            assert _refresh(converged, _convolution_like(seed))
+    finally:
+        state._kernels.cache_clear()
+    weights = DECAY ** np.arange(12)[::-1]
+    fishers = [reference.fisher(*(s.numpy() for s in _convolution_like(seed))) for seed in range(12)]
+    averaged = np.einsum("k,kij->ij", weights / weights.sum(), fishers)
+    errors = [_distance(_factors(block), averaged) for block in (warm, converged)]
+    assert errors[0] != errors[1]
+    assert errors[0] < 1.05 * errors[1]
+
+
+@pytest.mark.parametrize(("method", "triples"), [("kpsvd", 1), ("kfac_corrected", 1), ("deflation", 2), ("lanczos", 2)])
+def test_a_refresh_from_the_last_one_takes_three_products_for_each_triple(method, triples, monkeypatch):
+    block = _layer(method)
+    _refresh(block, _convolution_like(0))
+    products = []
+    for name in ("matvec", "rmatvec"):
+
+        sound = getattr(RearrangedFisher, name)
+
+        def counted(self, matrix, sound=sound):
+            products.append(matrix)
+            return sound(self, matrix)
+
+        monkeypatch.setattr(RearrangedFisher, name, counted)
+    tf.config.run_functions_eagerly(True)
+    try:
+        _refresh(block, _convolution_like(1))
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert len(products) == 3 * triples
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_group_of_a_layer_is_a_block_of_its_own(method):
+    """What one group's samples hold does not touch the other's curvature or step."""
+    keras.utils.set_random_seed(0)
+    layer = KPSVDConv2D(4, 2, groups=2, dtype="float64")
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(12, 4, 4, 2)))
+    calls = [LayerCall(x, tf.constant(rng.normal(size=layer(x).shape)))]
+    made = []
+
+    def add_variable(shape, dtype, name, initializer):
+        initial = np.eye(*shape) if initializer == "identity" else np.zeros(shape)
+        made.append(keras.Variable(initial.astype(dtype), name=name))
+        return made[-1]
+
+    curvature = LayerCurvature(layer, CurvatureOptions(method, "sqrt", DECAY, "reflect"), add_variable)
+    assert len({variable.name for variable in made}) == len(made)
+    assert _refresh(curvature, calls) and _invert(curvature)
+    gradients = [tf.constant(rng.normal(size=v.shape)) for v in layer.curvature_variables]
+    directions = curvature.precondition(gradients)
+    for (a, g), block, given, found in zip(
+        side_by_side(layer, calls),
+        curvature.blocks,
+        layer.to_matrices(gradients),
+        layer.to_matrices(directions),
+        strict=True,
+    ):
+        alone = _layer(method, indefinite="reflect", shape=(5, 2))
+        assert _refresh(alone, (a, g)) and _invert(alone)
+        np.testing.assert_allclose(found, alone.precondition(given), rtol=1e-9)
+        assert block.count.numpy() == 1

@@ -81,7 +81,10 @@ def _record(model, family, x):
 def _directions(model, count=1):
     rng = np.random.default_rng(1)
     return [
-        {layer: tf.constant(rng.normal(size=layer.curvature_shape), tf.float32) for layer in _instrumented(model)}
+        {
+            layer: [tf.constant(rng.normal(size=v.shape), tf.float32) for v in layer.curvature_variables]
+            for layer in _instrumented(model)
+        }
         for _ in range(count)
     ]
 
@@ -92,7 +95,7 @@ def _logits(output):
 
 def _forward_mode(model, x, direction):
     variables = [v.value for layer in direction for v in layer.curvature_variables]
-    tangents = [part for layer, matrix in direction.items() for part in layer.from_matrix(matrix)]
+    tangents = [part for values in direction.values() for part in values]
     with tf.autodiff.ForwardAccumulator(variables, tangents) as accumulator:
         output = _logits(model(x, training=True))
     return accumulator.jvp(output).numpy()
@@ -166,10 +169,7 @@ def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping(na
     outputs = _logits(model(x, training=True)).numpy()
     fisher = _output_fisher(family, outputs) / averaged
     gauss_newton = np.einsum("nci,ncd,ndj->ij", jacobian, fisher, jacobian) / len(x)
-    flat = [
-        np.concatenate([np.reshape(part, -1) for layer, matrix in d.items() for part in layer.from_matrix(matrix)])
-        for d in directions
-    ]
+    flat = [np.concatenate([np.reshape(part, -1) for values in d.values() for part in values]) for d in directions]
     flat = np.stack(flat).astype("float64")
     expected = flat @ gauss_newton @ flat.T + damping * flat @ flat.T
     np.testing.assert_allclose(quadratic, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -205,7 +205,9 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
 def test_inner_is_the_euclidean_product_of_all_weights():
     model, _, _ = _problem("linear")
     one, other = _directions(model, 2)
-    expected = sum(np.vdot(one[layer].numpy().astype("float64"), other[layer]) for layer in one)
+    expected = sum(
+        np.vdot(a.numpy().astype("float64"), b) for layer in one for a, b in zip(one[layer], other[layer], strict=True)
+    )
     assert float(inner(one, other)) == pytest.approx(expected, rel=1e-5)
 
 

@@ -111,18 +111,19 @@ def test_the_sample_format_reproduces_the_layer(shape, use_bias):
     x = _input(SHAPES[shape])
     output = layer(x).numpy()
     slope = np.random.default_rng(1).normal(size=output.shape).astype("float32")
-    activations = layer.sample_activations(tf.constant(x)).numpy()
-    gradients = layer.sample_gradients(tf.constant(slope)).numpy()
+    ((activations, gradients),) = layer.samples(tf.constant(x), tf.constant(slope))
+    activations, gradients = activations.numpy(), gradients.numpy()
     values = [v.value for v in layer.curvature_variables]
-    matrix = layer.to_matrix(values).numpy()
-    assert matrix.shape == layer.curvature_shape
+    (matrix,) = layer.to_matrices(values)
+    matrix = matrix.numpy()
+    assert [matrix.shape] == layer.block_shapes
     np.testing.assert_allclose((activations @ matrix).reshape(output.shape), output, rtol=1e-5, atol=1e-6)
     flat, flat_slope = x.reshape(-1, 5), slope.reshape(-1, 4)
     expected = flat.T @ flat_slope
     if use_bias:
         expected = np.concatenate([expected, flat_slope.sum(0, keepdims=True)])
     np.testing.assert_allclose(np.einsum("nti,nto->io", activations, gradients), expected, rtol=1e-4, atol=1e-5)
-    for one, other in zip(layer.from_matrix(tf.constant(matrix)), values, strict=True):
+    for one, other in zip(layer.from_matrices([tf.constant(matrix)]), values, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -48,7 +48,7 @@ def test_both_ways_of_multiplying_occur_and_agree():
     few = cases.operator(*cases.dependent(rng, 4, 2, 9, 8))
     many = cases.operator(*cases.dependent(rng, 4, 40, 3, 5))
     assert not few.forms_weight_gradients and many.forms_weight_gradients
-    assert few.prepared().weight_gradients is None and many.prepared().weight_gradients.shape == [4, 3, 5]
+    assert few.prepared().weight_gradients is None and many.prepared().weight_gradients.shape == [3, 4, 5]
 
 
 def test_deflating_leaves_the_operator_as_it_was_and_subtracts():
