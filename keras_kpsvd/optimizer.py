@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -19,17 +20,16 @@ from keras_kpsvd.arguments import (
     resolve_seed,
 )
 from keras_kpsvd.curvature.approximations import check_method
-from keras_kpsvd.curvature.reduction import MEMORY_BUDGET
+from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
 from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
 from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
-from keras_kpsvd.reporting import warn_of_layers, warn_when_run
+from keras_kpsvd.reporting import tell_of_fallback, warn_of_layers, warn_when_run
 
 INITIAL_DAMPING = 0.03
 PLAIN_RATE = 0.01
-SVD_ROWS = 128
 
 
 class _Proposal(NamedTuple):
@@ -85,7 +85,8 @@ class KPSVD(keras.optimizers.SGD):
             negative log-density is the squared error) name it; or a callable from the model's output to a
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
         fisher_batch_size: rows of each batch used for the factors. None: all for "kfac", at most 128 for the others,
-            whose exact triples cost the cube of that number.
+            whose exact triples cost the cube of that number. Of layers that share their weights among several
+            positions (convolutions, sequences) as many rows as have 16,384 positions, at least 32 and at most 128.
         indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
             never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
@@ -198,6 +199,8 @@ class KPSVD(keras.optimizers.SGD):
         self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
         for block in self._blocks:
             block.layer.attach(self._recorder)
+        others = [v.path for v in variables if self._var_key(v) not in self._curved]
+        tell_of_fallback(others, all_of_them=not self._blocks)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Ends the recording of the forward pass that made `loss`, then scales as Keras does."""
@@ -318,9 +321,8 @@ class KPSVD(keras.optimizers.SGD):
 
         def refresh() -> tf.Tensor:
             gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
-            rows = self.fisher_batch_size or (None if self.method == "kfac" else SVD_ROWS)
-            budget = None if self.method == "kfac" else MEMORY_BUDGET
-            calls = layer_calls(forward_pass, gradients, rows, budget)
+            rows = functools.partial(refresh_rows, self.method, wanted=self.fisher_batch_size)
+            calls = layer_calls(forward_pass, gradients, rows)
             present = [block for block in blocks if block.layer in calls]
             results = [block.refresh(calls[block.layer]) for block in present]
             assign_last(

@@ -1,5 +1,7 @@
 """Steps of `KPSVD` against float64 NumPy oracles that know nothing of the package."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -293,3 +295,34 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another():
         states.append(state(model))
     assert_same(states[0], states[1])
     assert any(not np.array_equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_layers_without_curvature_are_named_once_when_the_optimizer_is_built():
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            KPSVDDense(3, name="curved"),
+            keras.layers.LayerNormalization(name="normalised"),
+            keras.layers.Dense(2, name="plain"),
+        ],
+        name="network",
+    )
+    model.compile(KPSVD(), "mse")
+    with pytest.warns(UserWarning, match="SGD with momentum, without curvature: network/normalised, network/plain") as caught:
+        model.fit(*problem(sizes=(4, 2), dtype="float32"), epochs=2, verbose=0)
+    told = [str(one.message) for one in caught if "SGD with momentum" in str(one.message)]
+    assert len(told) == 1 and "curved" not in told[0]
+
+
+def test_a_model_that_nobody_instrumented_is_told_how():
+    model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(4, name=f"layer{n}") for n in range(14))])
+    with pytest.warns(UserWarning, match="no instrumented layer") as caught:
+        KPSVD().build(model.trainable_variables)
+    message = str(caught[0].message)
+    assert "layer11 and 2 more" in message and "keras_kpsvd.instrument(model)" in message
+
+
+def test_a_model_of_instrumented_layers_is_told_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KPSVD().build(tanh_network().trainable_variables)

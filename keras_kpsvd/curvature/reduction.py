@@ -18,9 +18,13 @@ from keras_kpsvd.linalg import RearrangedFisher, all_finite
 # Bytes that the samples of one layer may take while its curvature is refreshed, their working copies included.
 MEMORY_BUDGET = 256 * 2**20
 
-# How many arrays of the size of a chunk's patches (slices, their concatenation, the one with the bias column) and of
-# the size of all D_n (chunks, transposed, balanced, moved by a product) exist at once; see benchmarks/convolution.py.
-_PATCH_COPIES, _GRADIENT_COPIES = 4, 5
+# Examples of a batch that are used by default; see `refresh_rows`.
+SVD_ROWS, FEWEST_ROWS, POSITIONS = 128, 32, 16384
+
+# Into how many parts the budget goes for a chunk's patches (slices, their concatenation, the one with the bias column;
+# and small chunks lose no speed) and for all D_n (chunks, transposed, balanced, moved by a product), which exist at
+# once. What then really is taken is measured by benchmarks/convolution.py.
+_PATCH_COPIES, _GRADIENT_COPIES = 16, 5
 
 
 class LayerCall(NamedTuple):
@@ -93,6 +97,31 @@ def kfac_factors(activations: tf.Tensor, gradients: tf.Tensor) -> tuple[tf.Tenso
     """
     batch = tf.shape(activations)[0]
     return _normalised(*_second_moments(activations, gradients), batch, tf.shape(activations)[1])
+
+
+def refresh_rows(
+    method: str, block_shapes: list[tuple[int, int]], positions: int | None, wanted: int | None = None
+) -> int | None:
+    """How many examples of a batch a refresh uses.
+
+    Args:
+        method: one of the five; all but "kfac" hold samples and are kept within `MEMORY_BUDGET`.
+        block_shapes: `(d_in, d_out)` of the layer's blocks.
+        positions: per example, None if unknown.
+        wanted: what the user asked for. None: of a layer with one position all for "kfac", `SVD_ROWS` for the others;
+            with more, whose second moments average over positions too, as many as have `POSITIONS` of them, between
+            `FEWEST_ROWS` and `SVD_ROWS`.
+
+    Returns:
+        The number; None for all.
+    """
+    if wanted is None and positions == 1:
+        wanted = None if method == "kfac" else SVD_ROWS
+    elif wanted is None:
+        wanted = min(max(FEWEST_ROWS, -(-POSITIONS // (positions or POSITIONS))), SVD_ROWS)
+    if method == "kfac":
+        return wanted
+    return min(wanted, rows_within(MEMORY_BUDGET, block_shapes, positions))
 
 
 def rows_within(budget: int, block_shapes: list[tuple[int, int]], positions: int | None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
-from keras_kpsvd.curvature.reduction import LayerCall, positions_of, rows_within, side_by_side
+from keras_kpsvd.curvature.reduction import LayerCall, positions_of, side_by_side
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer
 
 Samples = tuple[tf.Tensor, tf.Tensor]
@@ -83,15 +83,17 @@ def preactivation_gradients(
 
 
 def layer_calls(
-    forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None, budget: int | None = None
+    forward_pass: ForwardPass,
+    gradients: list[tf.Tensor],
+    rows: Callable[[list[tuple[int, int]], int | None], int | None] | None = None,
 ) -> dict[RecordingLayer, list[LayerCall]]:
     """The calls of every recorded layer with their gradients.
 
     Args:
         forward_pass: the pass.
         gradients: one for each record; with `k` times as many rows as the batch the inputs are repeated.
-        rows: use the first so many examples only.
-        budget: use as many examples only as fit into so many bytes; see `reduction.rows_within`.
+        rows: from the shapes of a layer's blocks and its positions per example (None if unknown) to how many examples
+            to use, the first of the batch; None for all.
 
     Returns:
         `{layer: calls}`, in the order of the calls.
@@ -100,10 +102,7 @@ def layer_calls(
     for record, gradient in zip(forward_pass.records, gradients, strict=True):
         collected.setdefault(record.layer, []).append(LayerCall(record.inputs, gradient))
     for layer, calls in collected.items():
-        limit = rows
-        if budget is not None:
-            fitting = rows_within(budget, layer.block_shapes, positions_of(layer, calls))
-            limit = fitting if rows is None else min(rows, fitting)
+        limit = None if rows is None else rows(layer.block_shapes, positions_of(layer, calls))
         collected[layer] = [_first_rows(*call, limit) for call in calls]
     return collected
 
@@ -122,13 +121,13 @@ def _first_rows(inputs: tf.Tensor, gradient: tf.Tensor, rows: int | None) -> Lay
 def layer_samples(
     forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None
 ) -> dict[RecordingLayer, list[Samples]]:
-    """Samples of every recorded layer, in the one format; arguments as `layer_calls`.
+    """Samples of every recorded layer, in the one format; arguments as `layer_calls`, `rows` the same for all layers.
 
     Returns:
         `{layer: [(activations [batch, shared, d_in], gradients [batch, shared, d_out]) of each block]}`; the calls of a
         layer stand side by side along `shared`, so that their contributions to `D_n` add up.
     """
-    calls = layer_calls(forward_pass, gradients, rows)
+    calls = layer_calls(forward_pass, gradients, lambda shapes, positions: rows)
     return {layer: side_by_side(layer, of_layer) for layer, of_layer in calls.items()}
 
 

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from keras_kpsvd import KPSVDConv2D, KPSVDDense
 from keras_kpsvd.curvature.reduction import (
+    MEMORY_BUDGET,
     BatchCurvature,
     LayerCall,
     is_compressed,
     positions_of,
     reduce_calls,
+    refresh_rows,
     rows_within,
     side_by_side,
 )
@@ -139,3 +141,28 @@ def test_dense_layers_are_not_cut_in_chunks():
     layer.build((None, 4))
     (reduced,) = reduce_calls(layer, [call], base=True, svd=True, budget=1)
     assert reduced.activations.shape == [5, 1, 5] and reduced.base is None
+
+
+@pytest.mark.parametrize(
+    ("method", "positions", "wanted", "expected"),
+    [
+        ("kfac", 1, None, None),
+        ("kpsvd", 1, None, 128),
+        ("kfac", 1, 50, 50),
+        ("kpsvd", 1, 500, 500),
+        ("kfac", 1024, None, 32),
+        ("kpsvd", 1024, None, 32),
+        ("kfac", 256, None, 64),
+        ("kfac", 4, None, 128),
+        ("kfac", None, None, 32),
+        ("kfac", 1024, 7, 7),
+    ],
+)
+def test_rows_of_a_refresh(method, positions, wanted, expected):
+    assert refresh_rows(method, [(28, 8)], positions, wanted) == expected
+
+
+def test_svd_methods_keep_to_the_memory_budget_whatever_is_wanted():
+    large = [(2**12, 2**10)]
+    assert refresh_rows("kpsvd", large, None, 50) == rows_within(MEMORY_BUDGET, large, None) < 50
+    assert refresh_rows("kfac", large, None, 50) == 50

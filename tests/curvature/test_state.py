@@ -213,7 +213,6 @@ def test_a_refresh_from_the_last_one_takes_three_products_for_each_triple(method
     _refresh(block, _convolution_like(0))
     products = []
     for name in ("matvec", "rmatvec"):
-
         sound = getattr(RearrangedFisher, name)
 
         def counted(self, matrix, sound=sound):
