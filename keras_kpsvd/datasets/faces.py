@@ -129,7 +129,7 @@ def _read_arrays(path: Path) -> list[np.ndarray]:
         raise ValueError(f"{path} could not be read: {error}") from error
     try:
         return [array for name, array in loadmat(path).items() if not name.startswith("__")]
-    except Exception as error:  # NotImplementedError for MATLAB's HDF5 files, many kinds for broken ones
+    except Exception as error:  # SciPy raises many kinds: one for MATLAB's HDF5 files, others for broken ones
         raise ValueError(f"{path} could not be read: {error}. MATLAB files must be of version 7 or older.") from error
 
 
