@@ -24,7 +24,7 @@ from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
 from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
-from keras_kpsvd.layers import ForwardPass, Recorder, layers_of
+from keras_kpsvd.layers import ForwardPass, Recorder, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback, warn_of_layers, warn_when_run
 
@@ -262,6 +262,8 @@ class KPSVD(keras.optimizers.SGD):
         if not blocks:
             return _Proposal(grads, None, None, tf.constant(True))
         heads = None if forward_pass is None else pass_heads(forward_pass, self.likelihood)
+        if forward_pass is not None and forward_pass.model is not None:
+            check_kernels_are_not_shared(forward_pass.model)
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(self._iterations.value, tf.int64)])
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         self._refresh(forward_pass, heads, list(blocks), seed)

@@ -259,8 +259,9 @@ def _backward(
             "No output of the model depends on an instrumented layer of this forward pass: "
             "curvature needs the output that the loss is made of."
         )
+    # Some operations between (reshapes to sizes read at run time) lose the static shape, which samples rely on.
     return [
-        tf.zeros_like(source) if gradient is None else tf.convert_to_tensor(gradient)
+        tf.zeros_like(source) if gradient is None else tf.ensure_shape(tf.convert_to_tensor(gradient), source.shape)
         for gradient, source in zip(gradients, sources, strict=True)
     ]
 

@@ -3,7 +3,15 @@
 from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
 from keras_kpsvd.layers.dense import KPSVDDense
 from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
-from keras_kpsvd.layers.recording import ForwardPass, Record, Recorder, RecordingLayer, at_least_float32, layers_of
+from keras_kpsvd.layers.recording import (
+    ForwardPass,
+    Record,
+    Recorder,
+    RecordingLayer,
+    at_least_float32,
+    check_kernels_are_not_shared,
+    layers_of,
+)
 
 __all__ = [
     "ForwardPass",
@@ -15,5 +23,6 @@ __all__ = [
     "Recorder",
     "RecordingLayer",
     "at_least_float32",
+    "check_kernels_are_not_shared",
     "layers_of",
 ]

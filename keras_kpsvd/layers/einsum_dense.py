@@ -95,7 +95,8 @@ class KPSVDEinsumDense(RecordingLayer, keras.layers.EinsumDense):
     input, kernel and output ("bnd,ndh->bnh": weights of each head) have a Fisher block at each index.
 
     The bias is part of the matrix where `bias_axes` are all axes that the kernel gives the output, in any order. Any
-    other bias trains by plain momentum, beside a kernel that has curvature.
+    other bias trains by plain momentum, beside a kernel that has curvature. So does a bias of an axis other than the
+    last ("abc,cd->adb") where the last or the second has or may have the same size, since Keras then adds it there.
 
     Equations without such samples compute as `EinsumDense` does and train by plain momentum: where the first axis of
     the output is not the first of the input, or the kernel has that axis too ("ab,ac->bc", "ab,ab->a"); where an axis
@@ -111,6 +112,7 @@ class KPSVDEinsumDense(RecordingLayer, keras.layers.EinsumDense):
     """
 
     _axes: EinsumAxes | None = None
+    _bias_is_row = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -120,6 +122,7 @@ class KPSVDEinsumDense(RecordingLayer, keras.layers.EinsumDense):
         super().build(input_shape)
         self._axes = EinsumAxes.of(self.equation, len(input_shape))
         if self._recordable:
+            self._bias_is_row = self._bias_is_of_outputs(input_shape)
             self.claim()
 
     @property
@@ -136,10 +139,21 @@ class KPSVDEinsumDense(RecordingLayer, keras.layers.EinsumDense):
         outputs = ops.einsum(self.equation, inputs, kernel)
         return outputs if bias is None else ops.add(outputs, bias)
 
-    @property
-    def _bias_is_row(self) -> bool:
-        """Whether there is a bias at each index of what the kernel gives the output, and nowhere else."""
-        return self.bias is not None and set(self.bias_axes) == set(self._axes.blocks + self._axes.produced)
+    def _bias_is_of_outputs(self, input_shape: tuple[int | None, ...]) -> bool:
+        """Whether there is a bias at each index of what the kernel gives the output, and nowhere else.
+
+        `keras.ops.add` (3.12 to 3.15) takes an operand with one axis larger than one for a bias of the last axis where
+        it has that size, else of the second, whatever the axis is. Where it could be mistaken so, the bias is left out.
+        """
+        axes = self._axes
+        if self.bias is None or set(self.bias_axes) != set(axes.blocks + axes.produced):
+            return False
+        large = [letter for letter in self._bias_order if self._sizes(letter) != [1]]
+        if len(large) != 1 or large[0] == axes.outputs[-1]:
+            return True
+        known = dict(zip(axes.inputs + axes.kernel, (*input_shape, *self._kernel.shape), strict=True))
+        others = {axes.outputs[1], axes.outputs[-1]} - set(large)
+        return all(known[letter] not in (None, *self._sizes(large[0])) for letter in others)
 
     @property
     def curvature_variables(self) -> list[keras.Variable]:

@@ -315,6 +315,23 @@ def merge_positions(values: tf.Tensor) -> tf.Tensor:
     return tf.reshape(values, [shape[0], shared, values.shape[-1]])
 
 
+def check_kernels_are_not_shared(model: keras.Model) -> None:
+    """Raises a ValueError that names two instrumented layers of `model` with one kernel.
+
+    A kernel belongs to one layer, and only that layer's calls would enter its curvature.
+    """
+    for layer in model._flatten_layers():
+        if not isinstance(layer, RecordingLayer) or not layer.built:
+            continue
+        owner = getattr(layer.curvature_variables[0], "_kpsvd_layer", lambda: None)()
+        if owner is not None and owner is not layer:
+            raise ValueError(
+                f"Layers {owner.name!r} and {layer.name!r} share one kernel. Expected every instrumented layer to have "
+                "its own: call one layer twice, whose calls add up in its curvature, or make one of the two a stock "
+                f"keras.layers layer. Received: model={model.name!r}"
+            )
+
+
 def layers_of(variables: Iterable[keras.Variable]) -> list[RecordingLayer]:
     """The instrumented layers all of whose curvature variables are among `variables`, in the order of their kernels."""
     given = list(variables)
