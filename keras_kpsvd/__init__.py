@@ -7,6 +7,7 @@ from keras_kpsvd.curvature.samples import fisher_samples
 from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
 from keras_kpsvd.layers.dense import KPSVDDense
 from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
+from keras_kpsvd.layers.instrument import instrument, uninstrument
 from keras_kpsvd.optimizer import KPSVD
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "exact_fisher",
     "fisher_errors",
     "fisher_samples",
+    "instrument",
+    "uninstrument",
 ]

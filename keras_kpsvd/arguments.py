@@ -50,6 +50,22 @@ def check_count(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
 
 
+def check_state(optimizer: str, expected: list[tuple[int, ...]], store: Any) -> None:
+    """A saved state whose variables, numbered in order, have the expected shapes."""
+    received = [tuple(store[str(index)].shape) for index in range(len(store.keys()))]
+    if expected == received:
+        return
+    differing = next(
+        (i for i, (one, other) in enumerate(zip(expected, received, strict=False)) if one != other),
+        min(len(expected), len(received)),
+    )
+    raise ValueError(
+        f"The saved state does not belong to optimizer {optimizer!r}: expected {len(expected)} variables, received "
+        f"{len(received)}, and the shapes differ at number {differing} first. Build it on the same model with the same "
+        "method and options, or load the weights before `compile`. The optimizer's state is unchanged."
+    )
+
+
 def resolve_seed(seed: int | None) -> int:
     """The seed itself, or one from the state of Python's generator, which `keras.utils.set_random_seed` sets, without
     moving it on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -16,6 +17,7 @@ from keras_kpsvd.arguments import (
     check_fraction,
     check_positive,
     check_rate,
+    check_state,
     is_number,
     resolve_seed,
 )
@@ -86,7 +88,7 @@ class KPSVD(keras.optimizers.SGD):
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
         fisher_batch_size: rows of each batch used for the factors. None: all for "kfac", at most 128 for the others,
             whose exact triples cost the cube of that number. Of layers that share their weights among several
-            positions (convolutions, sequences) as many rows as have 16,384 positions, at least 32 and at most 128.
+            positions (convolutions, sequences) as many rows as have 4,096 positions, at least 32 and at most 128.
         indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
             never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
@@ -359,21 +361,14 @@ class KPSVD(keras.optimizers.SGD):
         tf.cond(due, invert, lambda: tf.constant(False))
 
     def load_own_variables(self, store: Any) -> None:
-        """Restores the state, or raises and leaves the live state alone where it does not match variable for
-        variable.
+        """Restores the state, or raises where it does not match variable for variable; live state is then left alone.
+
+        A weights file without any optimizer's state is no error.
         """
-        expected = [tuple(variable.shape) for variable in self.variables]
-        received = [tuple(store[str(index)].shape) for index in range(len(store.keys()))]
-        if expected != received:
-            differing = next(
-                (i for i, (one, other) in enumerate(zip(expected, received, strict=False)) if one != other),
-                min(len(expected), len(received)),
-            )
-            raise ValueError(
-                f"The saved state does not belong to optimizer {self.name!r}: expected {len(expected)} variables, "
-                f"received {len(received)}, and the shapes differ at number {differing} first. Build it on the same "
-                "model with the same method and options. Nothing was changed."
-            )
+        if not store.keys():
+            warnings.warn(f"The file holds no state of optimizer {self.name!r}, which stays as it is.", stacklevel=2)
+            return
+        check_state(self.name, [tuple(v.shape) for v in self.variables], store)
         super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:

@@ -308,7 +308,7 @@ def test_layers_without_curvature_are_named_once_when_the_optimizer_is_built():
         name="network",
     )
     model.compile(KPSVD(), "mse")
-    with pytest.warns(UserWarning, match="SGD with momentum, without curvature: network/normalised, network/plain") as caught:
+    with pytest.warns(UserWarning, match="without curvature: network/normalised, network/plain") as caught:
         model.fit(*problem(sizes=(4, 2), dtype="float32"), epochs=2, verbose=0)
     told = [str(one.message) for one in caught if "SGD with momentum" in str(one.message)]
     assert len(told) == 1 and "curved" not in told[0]

@@ -146,6 +146,20 @@ def test_state_of_another_model_or_method_is_refused_and_nothing_changes(other):
     assert_same(state(different, but=()), before)
 
 
+def test_weights_without_an_optimizers_state_are_loaded_and_the_state_stays(tmp_path):
+    bare = tanh_network(dtype="float32")
+    bare.save_weights(tmp_path / "bare.weights.h5")
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **FIXED))
+    model.train_on_batch(*_data())
+    before = [v.numpy() for v in model.optimizer.variables]
+    with pytest.warns(UserWarning, match="no state of optimizer"):
+        model.load_weights(tmp_path / "bare.weights.h5")
+    for one, other in zip(model.get_weights(), bare.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(before, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one, other.numpy())
+
+
 ALL = {
     "learning_rate": 0.3,
     "method": "lanczos",

@@ -19,7 +19,7 @@ from keras_kpsvd.linalg import RearrangedFisher, all_finite
 MEMORY_BUDGET = 256 * 2**20
 
 # Examples of a batch that are used by default; see `refresh_rows`.
-SVD_ROWS, FEWEST_ROWS, POSITIONS = 128, 32, 16384
+SVD_ROWS, FEWEST_ROWS, POSITIONS = 128, 32, 4096
 
 # Into how many parts the budget goes for a chunk's patches (slices, their concatenation, the one with the bias column;
 # and small chunks lose no speed) and for all D_n (chunks, transposed, balanced, moved by a product), which exist at

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -75,9 +76,7 @@ class ModelCopier:
             return keras.layers.Lambda(layer.function, layer._output_shape, layer.mask, layer.arguments, **base)
         if type(layer) is keras.layers.TimeDistributed:
             return keras.layers.TimeDistributed(self(layer.layer), **keras.layers.Layer.get_config(layer))
-        made = self._from_config(layer)
-        _share_lambdas(layer, made)
-        return made
+        return self._from_config(layer)
 
     def _from_config(self, layer: keras.layers.Layer) -> keras.layers.Layer:
         kind = self.classes.get(type(layer), type(layer))
@@ -99,6 +98,7 @@ class ModelCopier:
                 made.build_from_config(original.get_build_config())
         self.variables = {}
         for original, made in self.layer_pairs():
+            made.name = original.name
             if original._trainable != made._trainable:
                 made._trainable = original._trainable
             values, targets = _own_state(original), _own_state(made)
@@ -109,11 +109,15 @@ class ModelCopier:
                 if target.trainable != value.trainable:
                     target.trainable = value.trainable
                 self.variables[id(value)] = target
-        left = [weight.path for weight in model.weights if id(weight) not in self.variables]
+            _copy_vocabulary(original, made)
+            if hasattr(made, "finalize_state"):  # Preprocessing computes from the variables once, not in each call.
+                made.finalize_state()
+        held = {v.path: v for layer in model._flatten_layers() for v in layer.weights}
+        left = [path for path, variable in held.items() if id(variable) not in self.variables]
         if left:
             raise ValueError(
                 f"{self.by}(model) could not copy these weights of model {model.name!r}, which belong to no layer of "
-                f"its graph: {left}."
+                f"its graph: {left}. Attach to the copy what is only attached to the model."
             )
 
     def layer_pairs(self) -> list[tuple[keras.layers.Layer, keras.layers.Layer]]:
@@ -122,7 +126,9 @@ class ModelCopier:
         for original, made in self.copies.values():
             if not isinstance(original, keras.layers.Layer):
                 continue
-            inside, copied = ([layer] if is_copyable(original) else layer._flatten_layers() for layer in (original, made))
+            inside, copied = (
+                [layer] if is_copyable(original) else layer._flatten_layers() for layer in (original, made)
+            )
             if len(inside) != len(copied):
                 raise self._different(original, *([one.name for one in layers] for layers in (inside, copied)))
             pairs.update((id(one), (one, other)) for one, other in zip(inside, copied, strict=True))
@@ -130,8 +136,8 @@ class ModelCopier:
 
     def _different(self, layer: keras.layers.Layer, expected: list, received: list) -> ValueError:
         return ValueError(
-            f"{self.by}(model) could not copy layer {layer.name!r} ({type(layer).__qualname__}): the layer made from its "
-            f"configuration holds something else. Expected {expected}, received {received}."
+            f"{self.by}(model) could not copy layer {layer.name!r} ({type(layer).__qualname__}): the layer made from "
+            f"its configuration holds something else. Expected {expected}, received {received}."
         )
 
     def compile(
@@ -155,7 +161,8 @@ class ModelCopier:
         with _reconstruction(model):
             optimizer = convert(given) or type(given).from_config(given.get_config())
             metrics = {
-                name: keras.tree.map_structure(_fresh_metric, arguments[name]) for name in ("metrics", "weighted_metrics")
+                name: keras.tree.map_structure(_fresh_metric, arguments[name])
+                for name in ("metrics", "weighted_metrics")
             }
         jit_compile = "auto" if arguments["jit_compile"] else False  # Not True, which warns where it is not supported.
         scales = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
@@ -232,22 +239,16 @@ def _own_state(layer: keras.layers.Layer) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
 
 
+def _copy_vocabulary(original: keras.layers.Layer, made: keras.layers.Layer) -> None:
+    """Lookup layers keep what they have adapted to in files, not in variables."""
+    if hasattr(original, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            original.save_assets(folder)
+            made.load_assets(folder)
+
+
 def _fresh_metric(metric: Any) -> Any:
     return type(metric).from_config(metric.get_config()) if isinstance(metric, keras.metrics.Metric) else metric
-
-
-def _share_lambdas(original: keras.layers.Layer, made: keras.layers.Layer) -> None:
-    """Gives a layer made from a configuration the very lambdas of the original: serialized, they lose their globals."""
-    for name, value in vars(original).items():
-        other = vars(made).get(name)
-        if _is_lambda(value) and other is not None:
-            vars(made)[name] = value
-        elif isinstance(value, keras.layers.Layer) and type(other) is type(value):
-            _share_lambdas(value, other)
-        elif isinstance(value, list | tuple) and isinstance(other, list | tuple) and name != "_layers":
-            for one, another in zip(value, other, strict=False):
-                if isinstance(one, keras.layers.Layer) and type(another) is type(one):
-                    _share_lambdas(one, another)
 
 
 @contextlib.contextmanager

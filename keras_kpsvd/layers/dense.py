@@ -11,7 +11,7 @@ from keras import ops
 from keras_kpsvd.layers.recording import RecordingLayer, at_least_float32, merge_positions, with_ones
 
 
-@keras.saving.register_keras_serializable(package="keras_kpsvd")
+@keras.saving.register_keras_serializable(package="keras_kpsvd", name="KPSVDDense")
 class KPSVDDense(RecordingLayer, keras.layers.Dense):
     """`keras.layers.Dense` whose weights `keras_kpsvd.KPSVD` trains by natural gradient.
 
@@ -20,7 +20,8 @@ class KPSVDDense(RecordingLayer, keras.layers.Dense):
     the axis `shared` of the samples. `jit_compile=True` is refused by Keras for models that hold one, since XLA has no
     fast decompositions on the CPU and the optimizer compiles its own kernels.
 
-    Between models of the two layers weights move by `set_weights`; Keras's weight files hold the names of classes.
+    Weights files of models with either layer fit each other: Keras names their groups by the class's `__name__`, which
+    is "Dense" (so are automatic names of layers and the lines of `summary`); see `layers.swapping`.
 
     A layer with LoRA or a quantized kernel computes as `Dense` does and trains by plain momentum.
 

@@ -83,7 +83,7 @@ class EinsumAxes:
         return axes if axes.contracted or axes.produced else None
 
 
-@keras.saving.register_keras_serializable(package="keras_kpsvd")
+@keras.saving.register_keras_serializable(package="keras_kpsvd", name="KPSVDEinsumDense")
 class KPSVDEinsumDense(RecordingLayer, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` whose weights `keras_kpsvd.KPSVD` trains by natural gradient.
 

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
-from keras_kpsvd.layers.copying import ModelCopier, is_copyable, live_config
-from keras_kpsvd.layers.dense import KPSVDDense
-from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
+from keras_kpsvd.layers.attention import KPSVDGroupQueryAttention, KPSVDMultiHeadAttention
+from keras_kpsvd.layers.copying import ModelCopier, is_copyable
 from keras_kpsvd.layers.recording import RecordingLayer
+from keras_kpsvd.layers.swapping import RECORDING, after_build, builds_as, forget_after_build, swap_inside
 
-INSTRUMENTED = {
-    keras.layers.Dense: KPSVDDense,
-    keras.layers.Conv1D: KPSVDConv1D,
-    keras.layers.Conv2D: KPSVDConv2D,
-    keras.layers.EinsumDense: KPSVDEinsumDense,
+INSTRUMENTED: dict[type, type] = {
+    **RECORDING,
+    keras.layers.MultiHeadAttention: KPSVDMultiHeadAttention,
+    keras.layers.GroupQueryAttention: KPSVDGroupQueryAttention,
 }
-STOCK = {recording: stock for stock, recording in INSTRUMENTED.items()}
-
-for _stock, _recording in INSTRUMENTED.items():
-    # Keras names the groups of a weights file, and layers that have no name, after `__name__`: with that of the stock
-    # class both kinds of model read each other's files. `.keras` files find the class under its registered name, and
-    # `__qualname__`, which `repr` and pickle use, stays.
-    _recording.__name__ = _stock.__name__
+STOCK = {twin: stock for stock, twin in INSTRUMENTED.items()}
 
 
 def instrument(model: keras.Model) -> keras.Model:
@@ -60,10 +53,11 @@ def instrument(model: keras.Model) -> keras.Model:
         ValueError: it holds no supported layer, or a layer of it cannot be copied.
     """
     _check_model(model, "instrument")
-    kinds = {*INSTRUMENTED, *STOCK}
     held = model._flatten_layers(include_self=False)
-    if not any(type(layer) in kinds or isinstance(layer, RecordingLayer) for layer in held):
-        expected = ", ".join(f"keras.layers.{stock.__name__}" for stock in INSTRUMENTED)
+    if not any(
+        type(layer) in INSTRUMENTED or type(layer) in STOCK or isinstance(layer, RecordingLayer) for layer in held
+    ):
+        expected = ", ".join(f"keras.layers.{stock.__name__}" for stock in RECORDING)
         received = sorted({type(layer).__qualname__ for layer in held}) or "no layers"
         later = "" if model.built else " It is not built: if it makes its layers when it is built, build it first."
         raise ValueError(
@@ -71,10 +65,10 @@ def instrument(model: keras.Model) -> keras.Model:
             f"(classes derived from them are left alone). Received {received}.{later}"
         )
     if not is_copyable(model):
-        return _swap_in_place(model, INSTRUMENTED)
+        return _in_place(model, _instrument_in_place)
     copier = ModelCopier(INSTRUMENTED, "instrument")
     made = copier.copy(model)
-    _swap_inside(made, INSTRUMENTED)
+    swap_inside(made, RECORDING)
     copier.compile(model, made)
     return made
 
@@ -97,11 +91,11 @@ def uninstrument(model: keras.Model) -> keras.Model:
     """
     _check_model(model, "uninstrument")
     if not is_copyable(model):
-        return _swap_in_place(model, STOCK)
+        return _in_place(model, _uninstrument_in_place)
     copier = ModelCopier(STOCK, "uninstrument")
     with keras.saving.custom_object_scope({f"keras_kpsvd>{kind.__qualname__}": stock for kind, stock in STOCK.items()}):
         made = copier.copy(model)
-    _swap_inside(made, STOCK)
+    swap_inside(made, STOCK)
     copier.compile(model, made, _stock_optimizer)
     return made
 
@@ -118,71 +112,42 @@ def _check_model(model: Any, by: str) -> None:
     )
 
 
-def _swap_inside(model: keras.Model, classes: dict[type, type]) -> None:
-    for layer in model._flatten_layers(include_self=False):
-        if type(layer) in classes:
-            _swap(layer, classes[type(layer)])
+def _instrument_in_place(model: keras.Model) -> None:
+    for layer in model._flatten_layers():
+        if not layer.built and type(layer) not in RECORDING:  # It may make more layers then.
+            after_build(layer, functools.partial(swap_inside, layer, RECORDING))
+    swap_inside(model, RECORDING)
 
 
-def _swap_in_place(model: keras.Model, classes: dict[type, type]) -> keras.Model:
+def _uninstrument_in_place(model: keras.Model) -> None:
     for layer in model._flatten_layers(include_self=False):  # First, so that nothing is half swapped.
-        if classes is STOCK and type(layer) in STOCK and not layer.built and layer.build.__wrapped__.__func__ is type(layer).build:
+        if not layer.built and builds_as(layer) in STOCK:
             raise ValueError(
-                f"uninstrument(model) cannot swap layer {layer.name!r} of the subclassed model {model.name!r} before it "
-                "is built. Call the model on a batch first, or write keras.layers."
-                f"{type(layer).__name__} in its class instead of {type(layer).__qualname__}."
+                f"uninstrument(model) cannot swap layer {layer.name!r} of the subclassed model {model.name!r} before "
+                "it is built. Call the model on a batch first, or write keras.layers."
+                f"{type(layer).__name__} in its class."
             )
-    _swap_inside(model, classes)
+    for layer in model._flatten_layers():
+        forget_after_build(layer)
+    swap_inside(model, STOCK)
+
+
+def _in_place(model: keras.Model, change: Callable[[keras.Model], None]) -> keras.Model:
+    """Changes the layers of a model that cannot be copied, and what it has computed from them."""
+    change(model)
     model.train_function = model.test_function = model.predict_function = None
-    if model.compiled:
-        if model.jit_compile and not all(layer.supports_jit for layer in model._flatten_layers()):
-            model.jit_compile = False
-        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-        if _is_ours(optimizer) and (optimizer.built or classes is STOCK):
-            warnings.warn(
-                f"Model {model.name!r} was changed in place after its KPSVD optimizer was "
-                f"{'built' if optimizer.built else 'compiled'}: call `model.compile` again, with a new optimizer.",
-                stacklevel=3,
-            )
+    if not model.compiled:
+        return model
+    if model.jit_compile and not all(layer.supports_jit for layer in model._flatten_layers()):
+        model.jit_compile = False
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if _is_ours(optimizer) and optimizer.built:
+        warnings.warn(
+            f"The layers of model {model.name!r} were changed in place, but its KPSVD optimizer was built for those it "
+            "had: call `model.compile` again, with a new optimizer.",
+            stacklevel=3,
+        )
     return model
-
-
-def _swap(layer: keras.layers.Layer, kind: type) -> None:
-    """Makes a layer one of another class that has the same weights and arguments, in place.
-
-    A layer of that class made anew lends what its constructor and its `build` leave on an instance.
-    """
-    donor = kind.from_config(live_config(layer))
-    object.__setattr__(layer, "__class__", kind)
-    for name, value in vars(donor).items():
-        if name.startswith("_call_") or name in ("call_signature_parameters", "supports_jit"):
-            vars(layer)[name] = value
-    if layer.built:
-        _adopt_build(layer, donor, layer.get_build_config())
-        return
-    build = layer.build  # The instance's own, which Keras bound to the method of the class that it had.
-
-    @functools.wraps(build)
-    def build_and_adopt(*arguments, **keywords):
-        build(*arguments, **keywords)
-        if type(layer) is kind:
-            _adopt_build(layer, donor, layer.get_build_config())
-
-    vars(layer)["build"] = build_and_adopt
-
-
-def _adopt_build(layer: keras.layers.Layer, donor: keras.layers.Layer, configuration: dict) -> None:
-    """What the new class's `build` does beyond the weights, and the claim on them."""
-    recording = isinstance(layer, RecordingLayer)
-    if not recording:
-        for variable in layer.weights:
-            vars(variable).pop("_kpsvd_layer", None)
-        return
-    donor.build_from_config(configuration)
-    for name, value in vars(donor).items():
-        vars(layer).setdefault(name, value)
-    if any(hasattr(variable, "_kpsvd_layer") for variable in donor.weights):
-        layer.claim()
 
 
 def _is_ours(optimizer: Any) -> bool:

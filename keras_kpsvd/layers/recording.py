@@ -233,6 +233,11 @@ class RecordingLayer:
     """
 
     expands = False
+
+    def __repr__(self) -> str:
+        # Classes have the `__name__` of their stock twins, which Keras's own would show; see `layers.swapping`.
+        return f"<{type(self).__qualname__} name={self.name}, built={self.built}>"
+
     _recorders: tuple[weakref.ref, ...] = ()
 
     def attach(self, recorder: Recorder) -> None:

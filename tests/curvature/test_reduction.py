@@ -152,7 +152,7 @@ def test_dense_layers_are_not_cut_in_chunks():
         ("kpsvd", 1, 500, 500),
         ("kfac", 1024, None, 32),
         ("kpsvd", 1024, None, 32),
-        ("kfac", 256, None, 64),
+        ("kfac", 64, None, 64),
         ("kfac", 4, None, 128),
         ("kfac", None, None, 32),
         ("kfac", 1024, 7, 7),
