@@ -201,7 +201,7 @@ class KPSVD(keras.optimizers.SGD):
         self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
         for block in self._blocks:
             block.layer.attach(self._recorder)
-        others = [v.path for v in variables if self._var_key(v) not in self._curved]
+        others = [variable for variable in variables if self._var_key(variable) not in self._curved]
         tell_of_fallback(others, all_of_them=not self._blocks)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:

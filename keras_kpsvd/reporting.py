@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -32,30 +33,25 @@ def warn_of_layers(names: list[str], good: list[tf.Tensor], consequence: str) ->
     tf.cond(tf.reduce_all(flags), lambda: tf.constant(False), lambda: _run_python(warn, flags))
 
 
-def tell_of_fallback(paths: list[str], *, all_of_them: bool) -> None:
+def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> None:
     """Says once, as a UserWarning, which layers train without curvature.
 
     Args:
-        paths: of their variables, `layer/variable`.
+        variables: theirs.
         all_of_them: no layer of the model is instrumented.
     """
-    if not paths:
+    if not variables:
         return
-    layers = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
-    shown = ", ".join(layers[:SHOWN_LAYERS]) + (
-        f" and {len(layers) - SHOWN_LAYERS} more" * (len(layers) > SHOWN_LAYERS)
-    )
-    consequence = (
-        "KPSVD trains by SGD with momentum, without curvature:"
-        if not all_of_them
-        else ("KPSVD found no instrumented layer and trains the whole model by SGD with momentum:")
-    )
-    warnings.warn(
-        f"{consequence} {shown}. (`keras_kpsvd.instrument(model)` gives curvature to Dense, Conv1D, Conv2D and "
-        "EinsumDense layers.)",
-        UserWarning,
-        stacklevel=2,
-    )
+    layers = list(dict.fromkeys(variable.path.rpartition("/")[0] or variable.path for variable in variables))
+    more = f" and {len(layers) - SHOWN_LAYERS} more" if len(layers) > SHOWN_LAYERS else ""
+    message = "KPSVD trains by SGD with momentum, without curvature: "
+    if all_of_them:
+        message = "KPSVD found no instrumented layer and trains the whole model by SGD with momentum: "
+    message += ", ".join(layers[:SHOWN_LAYERS]) + more + "."
+    if any(len(variable.shape) > 1 for variable in variables):
+        message += " Dense, Conv1D, Conv2D and EinsumDense layers get curvature by `keras_kpsvd.instrument(model)`."
+    # At no line of code: the one that called is Keras's.
+    warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
 def _run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:

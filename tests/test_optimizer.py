@@ -312,6 +312,14 @@ def test_layers_without_curvature_are_named_once_when_the_optimizer_is_built():
         model.fit(*problem(sizes=(4, 2), dtype="float32"), epochs=2, verbose=0)
     told = [str(one.message) for one in caught if "SGD with momentum" in str(one.message)]
     assert len(told) == 1 and "curved" not in told[0]
+    assert "keras_kpsvd.instrument(model)" in told[0]
+
+
+def test_layers_that_nothing_can_give_curvature_are_named_without_advice():
+    layers = [KPSVDDense(3), keras.layers.LayerNormalization(name="normalised")]
+    model = keras.Sequential([keras.Input((4,)), *layers], name="network")
+    with pytest.warns(UserWarning, match="without curvature: network/normalised[.]$"):
+        KPSVD().build(model.trainable_variables)
 
 
 def test_a_model_that_nobody_instrumented_is_told_how():
