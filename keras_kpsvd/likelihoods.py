@@ -148,6 +148,37 @@ def exact_cotangents(head: Head) -> tf.Tensor:
     return _weighted(head, stacked, batch_axis=1)
 
 
+def draws_per_example(heads: list[Head]) -> int:
+    """How many cotangents `exact_cotangents` makes of each example, all outputs together."""
+    return sum(head.outputs.shape[1:].num_elements() for head in heads)
+
+
+def logit_change(head: Head, tangents: list[tf.Tensor]) -> tf.Tensor | None:
+    """Mean inner products of changes of the logits: what a step that trusts the quadratic model must bound.
+
+    The densities of "bernoulli" and "categorical" are far from quadratic over more than a few logits, and where they
+    are saturated their Fisher matrix is zero and bounds nothing.
+
+    Args:
+        head: the output and its density.
+        tangents: `k` tensors of the shape of its outputs.
+
+    Returns:
+        `[k, k]`, float32: the mean over examples (and positions) of the inner product over classes, less what all
+        classes share, for "categorical"; the mean over examples and outputs for "bernoulli". None for "normal", which
+        is quadratic, and where `outputs` are no logits.
+    """
+    if callable(head.family) or head.family == "normal" or not head.logits:
+        return None
+    stacked = tf.stack([tf.cast(tangent, tf.float32) for tangent in tangents])
+    averaged = tf.size(stacked[0])
+    if head.family == "categorical":
+        stacked -= tf.reduce_mean(stacked, axis=-1, keepdims=True)
+        averaged //= tf.maximum(tf.shape(stacked)[-1], 1)
+    flat = tf.reshape(stacked, [len(tangents), -1])
+    return tf.matmul(flat, flat, transpose_b=True) / tf.cast(tf.maximum(averaged, 1), tf.float32)
+
+
 def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: int = 16) -> tf.Tensor:
     """`E_n[κ_n t_iᵀ F_z t_j]` for changes `t` of the outputs, `F_z` the Fisher matrix of the predictive distribution at
     `z`.

@@ -25,7 +25,14 @@ from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
-from keras_kpsvd.curvature.step_control import StepCoefficients, fit_step, follow_damping, inner, quadratic_model
+from keras_kpsvd.curvature.step_control import (
+    StepCoefficients,
+    control_after,
+    fit_step,
+    inner,
+    quadratic_model,
+    trusted_part,
+)
 from keras_kpsvd.layers import ForwardPass, Recorder, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback, warn_of_layers, warn_when_run
@@ -195,7 +202,7 @@ class KPSVD(keras.optimizers.SGD):
         self._damping = self.add_variable(
             shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
         )
-        self._slope = self.add_variable(shape=(), dtype="float32", name="slope")
+        self._slope = self.add_variable(shape=(2,), dtype="float32", name="slope")
         self._slope_averages = self.add_variable(shape=(2,), dtype="float32", name="slope_averages")
         self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
         self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
@@ -276,7 +283,7 @@ class KPSVD(keras.optimizers.SGD):
         descent = inner(directions, gradients)
         finite = tf.math.is_finite(descent)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(self.momentum)
-        previous, overlap = None, tf.constant(0.0)
+        previous, overlap, trusted = None, tf.constant(0.0), tf.constant(1.0)
         if self._follows:
             previous = {
                 block.layer: [
@@ -287,8 +294,10 @@ class KPSVD(keras.optimizers.SGD):
             overlap = inner(gradients, previous)
         if self.adaptive and forward_pass is not None:
             damping = tf.convert_to_tensor(self._damping.value)
-            quadratic = quadratic_model(forward_pass, heads, [directions, previous], damping, seed)
-            rate, momentum = fit_step(quadratic, tf.stack([descent, overlap]), self.momentum)
+            model = quadratic_model(forward_pass, heads, [directions, previous], damping, seed)
+            fitted = fit_step(model.curvature, tf.stack([descent, overlap]), self.momentum)
+            trusted = trusted_part(fitted, model.logit_changes)
+            rate, momentum = trusted * fitted.rate, trusted * fitted.momentum
         elif not self.adaptive and self.kl_clip is not None:
             bound = tf.sqrt(tf.math.divide_no_nan(self.kl_clip, rate * rate * descent))
             scale = tf.where(descent > 0, tf.minimum(1.0, bound), 1.0)
@@ -302,10 +311,8 @@ class KPSVD(keras.optimizers.SGD):
         control = None
         if self.damping == "adaptive":
             slope = momentum * overlap - rate * descent
-            control = (
-                slope,
-                *follow_damping(self._damping.value, self._slope_averages.value, self._slope.value, overlap),
-            )
+            state = (self._slope.value, self._damping.value, self._slope_averages.value)
+            control = control_after(*state, overlap, slope, trusted)
         results = list(grads)
         for block, at in blocks.items():
             for place, value in zip(at, directions[block.layer], strict=True):
@@ -326,7 +333,8 @@ class KPSVD(keras.optimizers.SGD):
         def refresh() -> tf.Tensor:
             gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
             rows = functools.partial(refresh_rows, self.method, wanted=self.fisher_batch_size)
-            calls = layer_calls(forward_pass, gradients, rows)
+            repeats = likelihoods.draws_per_example(heads) if self.fisher == "exact" else 1
+            calls = layer_calls(forward_pass, gradients, rows, repeats)
             present = [block for block in blocks if block.layer in calls]
             results = [block.refresh(calls[block.layer]) for block in present]
             assign_last(

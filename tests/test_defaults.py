@@ -49,3 +49,17 @@ def test_the_defaults_learn_to_read_digits():
     history = model.fit(x[:1500], y[:1500], batch_size=128, epochs=8, verbose=0).history["loss"]
     assert history[-1] < 0.05
     assert model.evaluate(x[1500:], y[1500:], verbose=0)[1] > 0.9
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_small_batches_of_a_classifier_do_not_diverge(batch):
+    """Most of such a batch is soon predicted with certainty, and its Fisher matrix is nearly zero."""
+    digits = load_digits()
+    x, y = digits.data[: 50 * batch].astype("float32") / 16, digits.target[: 50 * batch]
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((64,)), KPSVDDense(32, activation="relu"), KPSVDDense(10, activation="softmax")]
+    )
+    model.compile(optimizer=KPSVD(method="kfac"), loss="sparse_categorical_crossentropy")
+    history = model.fit(x, y, batch_size=batch, epochs=6, verbose=0).history["loss"]
+    assert max(history) < 4 and history[-1] < 0.3

@@ -100,7 +100,11 @@ def kfac_factors(activations: tf.Tensor, gradients: tf.Tensor) -> tuple[tf.Tenso
 
 
 def refresh_rows(
-    method: str, block_shapes: list[tuple[int, int]], positions: int | None, wanted: int | None = None
+    method: str,
+    block_shapes: list[tuple[int, int]],
+    positions: int | None,
+    wanted: int | None = None,
+    repeats: int = 1,
 ) -> int | None:
     """How many examples of a batch a refresh uses.
 
@@ -111,6 +115,7 @@ def refresh_rows(
         wanted: what the user asked for. None: of a layer with one position all for "kfac", `SVD_ROWS` for the others;
             with more, whose second moments average over positions too, as many as have `POSITIONS` of them, between
             `FEWEST_ROWS` and `SVD_ROWS`.
+        repeats: gradients of each example (as many as outputs for the exact Fisher), which count towards the budget.
 
     Returns:
         The number; None for all.
@@ -121,7 +126,7 @@ def refresh_rows(
         wanted = min(max(FEWEST_ROWS, -(-POSITIONS // (positions or POSITIONS))), SVD_ROWS)
     if method == "kfac":
         return wanted
-    return min(wanted, rows_within(MEMORY_BUDGET, block_shapes, positions))
+    return min(wanted, rows_within(MEMORY_BUDGET // repeats, block_shapes, positions))
 
 
 def rows_within(budget: int, block_shapes: list[tuple[int, int]], positions: int | None) -> int:

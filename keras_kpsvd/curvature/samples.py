@@ -85,7 +85,8 @@ def preactivation_gradients(
 def layer_calls(
     forward_pass: ForwardPass,
     gradients: list[tf.Tensor],
-    rows: Callable[[list[tuple[int, int]], int | None], int | None] | None = None,
+    rows: Callable[..., int | None] | None = None,
+    repeats: int = 1,
 ) -> dict[RecordingLayer, list[LayerCall]]:
     """The calls of every recorded layer with their gradients.
 
@@ -94,6 +95,7 @@ def layer_calls(
         gradients: one for each record; with `k` times as many rows as the batch the inputs are repeated.
         rows: from the shapes of a layer's blocks and its positions per example (None if unknown) to how many examples
             to use, the first of the batch; None for all.
+        repeats: that `k`, handed on to `rows` by name.
 
     Returns:
         `{layer: calls}`, in the order of the calls.
@@ -102,7 +104,7 @@ def layer_calls(
     for record, gradient in zip(forward_pass.records, gradients, strict=True):
         collected.setdefault(record.layer, []).append(LayerCall(record.inputs, gradient))
     for layer, calls in collected.items():
-        limit = None if rows is None else rows(layer.block_shapes, positions_of(layer, calls))
+        limit = None if rows is None else rows(layer.block_shapes, positions_of(layer, calls), repeats=repeats)
         collected[layer] = [_first_rows(*call, limit) for call in calls]
     return collected
 
@@ -127,7 +129,7 @@ def layer_samples(
         `{layer: [(activations [batch, shared, d_in], gradients [batch, shared, d_out]) of each block]}`; the calls of a
         layer stand side by side along `shared`, so that their contributions to `D_n` add up.
     """
-    calls = layer_calls(forward_pass, gradients, lambda shapes, positions: rows)
+    calls = layer_calls(forward_pass, gradients, lambda shapes, positions, repeats: rows)
     return {layer: side_by_side(layer, of_layer) for layer, of_layer in calls.items()}
 
 

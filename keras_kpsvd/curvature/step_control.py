@@ -30,6 +30,10 @@ from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
 SLOPE_DECAY = 0.8
 DAMPING_FACTOR = 0.8
 DAMPING_RANGE = (1e-5, 1e3)
+
+# Root mean square change of the logits in one step. Without a bound, small batches of a classifier that is sure of
+# most of them diverge: where the predictive distribution is saturated nothing but λ bounds the step.
+MAX_LOGIT_CHANGE = 2.0
 RAISE_BELOW, LOWER_ABOVE = 0.25, 0.75
 
 
@@ -77,14 +81,26 @@ def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head],
     ]
 
 
+class QuadraticModel(NamedTuple):
+    """What a few directions do, to second order.
+
+    Attributes:
+        curvature: `V_iᵀ (F + λI) V_j`, `[k, k]`, float32, symmetric.
+        logit_changes: `likelihoods.logit_change` of each output that has one, `[k, k]` each.
+    """
+
+    curvature: tf.Tensor
+    logit_changes: list[tf.Tensor]
+
+
 def quadratic_model(
     forward_pass: ForwardPass,
     heads: list[likelihoods.Head],
     directions: list[Direction],
     damping: tf.Tensor,
     seed: tf.Tensor,
-) -> tf.Tensor:
-    """`V_iᵀ (F + λI) V_j` for a few directions in weight space.
+) -> QuadraticModel:
+    """The quadratic model of the loss on a few directions in weight space.
 
     Args:
         forward_pass: a closed pass with a persistent tape.
@@ -92,17 +108,14 @@ def quadratic_model(
         directions: `k` of them, each `{layer: values for its curvature variables}`.
         damping: λ, scalar.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
-
-    Returns:
-        `[k, k]`, float32, symmetric.
     """
     tangents = [linearised_outputs(forward_pass, heads, direction) for direction in directions]
-    products = [
-        likelihoods.fisher_inner(head, [tangent[index] for tangent in tangents], seed)
-        for index, head in enumerate(heads)
-    ]
+    of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(heads)]
+    products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
+    changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
     lengths = tf.stack([tf.stack([inner(one, other) for other in directions]) for one in directions])
-    return tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
+    curvature = tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
+    return QuadraticModel(curvature, [change for change in changes if change is not None])
 
 
 def inner(one: Direction, other: Direction) -> tf.Tensor:
@@ -143,6 +156,24 @@ def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -
     return StepCoefficients(*tf.unstack(tf.math.divide_no_nan(tf.stack([rate, momentum]), lengths)))
 
 
+def trusted_part(step: StepCoefficients, logit_changes: list[tf.Tensor]) -> tf.Tensor:
+    """The part of a step, in (0, 1], after which no output has moved by more than `MAX_LOGIT_CHANGE`.
+
+    Args:
+        step: as fitted.
+        logit_changes: of `QuadraticModel`, on the directions `Δ` and `δ₀`.
+
+    Returns:
+        float32 scalar; NaN where a change is.
+    """
+    coefficients = tf.stack([-step.rate, step.momentum])[:, None]
+    squares = [tf.matmul(coefficients, tf.matmul(change, coefficients), transpose_a=True) for change in logit_changes]
+    if not squares:
+        return tf.constant(1.0)
+    length = tf.sqrt(tf.maximum(tf.reduce_max(tf.stack(squares)), 0.0))
+    return MAX_LOGIT_CHANGE / tf.maximum(length, MAX_LOGIT_CHANGE)
+
+
 def follow_damping(
     damping: tf.Tensor, averages: tf.Tensor, slope_before: tf.Tensor, slope_after: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -152,7 +183,7 @@ def follow_damping(
         damping: λ, scalar.
         averages: `[2]`, the running averages of the two slopes.
         slope_before: `∇_tᵀδ_t`, not positive; zero where there was no step yet.
-        slope_after: `∇_{t+1}ᵀδ_t`.
+        slope_after: `∇_{t+1}ᵀδ_t`, less what was expected of a step that was cut short.
 
     Returns:
         `(next λ, next averages)`, both float32.
@@ -164,3 +195,32 @@ def follow_damping(
     )
     factor = tf.where(averages[0] < 0, factor, tf.ones_like(factor))
     return tf.clip_by_value(damping * factor, *DAMPING_RANGE), averages
+
+
+def control_after(
+    last: tf.Tensor,
+    damping: tf.Tensor,
+    averages: tf.Tensor,
+    slope_after: tf.Tensor,
+    slope: tf.Tensor,
+    trusted: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The state of the damping once a step is fitted, from the gradient at its start.
+
+    Over the trusted part `s` of the way to the model's minimum the slope falls to `1 − s` of what it was; what the next
+    gradient finds beyond that tells how far the model was right, in units of the `s` that it should have fallen by.
+
+    Args:
+        last: `[2]`, of the last step: the slope expected at its end, and the fall expected on the way (negative).
+        damping: λ.
+        averages: as `follow_damping`.
+        slope_after: the slope found along the last step, `∇ᵀδ₀`.
+        slope: of the new step at its start, `∇ᵀδ`.
+        trusted: its `s`.
+
+    Returns:
+        The next `(last, λ, averages)`.
+    """
+    expected, fall = tf.unstack(last)
+    damping, averages = follow_damping(damping, averages, fall, slope_after - expected)
+    return tf.stack([(1 - trusted) * slope, trusted * slope]), damping, averages

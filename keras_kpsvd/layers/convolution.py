@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kpsvd.layers.recording import RecordingLayer, at_least_float32, merge_positions, with_ones
+from keras_kpsvd.layers.recording import MAX_BLOCKS, RecordingLayer, at_least_float32, merge_positions, with_ones
 
 
 class _RecordingConvolution(RecordingLayer):
@@ -34,7 +34,7 @@ class _RecordingConvolution(RecordingLayer):
 
     @property
     def _recordable(self) -> bool:
-        return not self.lora_enabled
+        return not self.lora_enabled and self.groups <= MAX_BLOCKS
 
     @property
     def expands(self) -> bool:
@@ -119,8 +119,8 @@ class KPSVDConv2D(_RecordingConvolution, keras.layers.Conv2D):
     TensorFlow has no `data_format="channels_first"` in every dtype on every device (in float64 not on a CPU): calling
     the layer then raises a ValueError that says so.
 
-    `jit_compile=True` is refused by Keras for models that hold one; see `KPSVDDense`. A layer with LoRA computes as
-    `Conv2D` does and trains by plain momentum.
+    `jit_compile=True` is refused by Keras for models that hold one; see `KPSVDDense`. A layer with LoRA, or with more
+    than 32 groups, computes as `Conv2D` does and trains by plain momentum.
 
     Args:
         *args: as `keras.layers.Conv2D`.

@@ -220,6 +220,10 @@ def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss:
     return unhook
 
 
+# Every block is traced by itself, and with many the first step would take minutes: such layers train without curvature.
+MAX_BLOCKS = 32
+
+
 class RecordingLayer:
     """Mixin of every instrumented layer: to whom it reports, and how it reduces to the one sample format.
 

@@ -206,7 +206,7 @@ class RearrangedFisher:
         With one position per example the term's coefficients, `1/N` each, are passed along, so that the Gram route
         needs no product with `A` or `G`.
         """
-        if self.positions != 1:
+        if self.positions != 1 or self.weight_gradients is not None:  # D_n of one position may be sums over several.
             return self.deflate(left, right)
         weights = tf.ones_like(self.activations[:, 0, 0]) / tf.cast(tf.shape(self.activations)[0], self.dtype)
         return self.deflate(left, right, weights, weights)

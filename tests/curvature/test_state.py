@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVDConv2D
 from keras_kpsvd.curvature import state
-from keras_kpsvd.curvature.approximations import METHODS
+from keras_kpsvd.curvature.approximations import METHODS, approximate_terms
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
 from keras_kpsvd.curvature.state import BlockCurvature, CurvatureOptions, LayerCurvature
 from keras_kpsvd.linalg import RearrangedFisher
@@ -259,3 +259,15 @@ def test_each_group_of_a_layer_is_a_block_of_its_own(method):
         assert _refresh(alone, (a, g)) and _invert(alone)
         np.testing.assert_allclose(found, alone.precondition(given), rtol=1e-9)
         assert block.count.numpy() == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 3)])
+@pytest.mark.parametrize("method", ["kpsvd", "deflation", "kfac_corrected"])
+def test_one_filter_or_one_input_with_several_positions_is_the_method_itself(method, shape):
+    """The per-example gradients then have one position, and KFAC's base is that of the positions they sum up."""
+    rng = np.random.default_rng(0)
+    samples = tuple(tf.constant(rng.normal(size=(12, 6, size))) for size in shape)
+    block = _layer(method, shape=shape)
+    assert _refresh(block, samples)
+    expected = approximate_terms(*samples, method, symmetric=True)
+    assert _distance(_factors(block), [(a.numpy(), g.numpy()) for a, g in expected]) < 1e-7

@@ -8,7 +8,17 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVDDense, likelihoods
 from keras_kpsvd.curvature import step_control
-from keras_kpsvd.curvature.step_control import fit_step, follow_damping, inner, linearised_outputs, quadratic_model
+from keras_kpsvd.curvature.step_control import (
+    MAX_LOGIT_CHANGE,
+    StepCoefficients,
+    control_after,
+    fit_step,
+    follow_damping,
+    inner,
+    linearised_outputs,
+    quadratic_model,
+    trusted_part,
+)
 from keras_kpsvd.layers import Recorder, RecordingLayer
 
 
@@ -161,7 +171,8 @@ def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping(na
     model, family, x = _problem(name)
     directions = _directions(model, 2)
     forward_pass, heads = _record(model, family, x)
-    quadratic = quadratic_model(forward_pass, heads, directions, tf.constant(damping), tf.constant([0, 0]))
+    model_of_loss = quadratic_model(forward_pass, heads, directions, tf.constant(damping), tf.constant([0, 0]))
+    quadratic = model_of_loss.curvature
 
     jacobian = _jacobian(model, x)
     # Without a compiled loss Keras's own is assumed: the mean over outputs, for "categorical" over positions.
@@ -173,6 +184,17 @@ def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping(na
     flat = np.stack(flat).astype("float64")
     expected = flat @ gauss_newton @ flat.T + damping * flat @ flat.T
     np.testing.assert_allclose(quadratic, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+    # What moves the logits, by the family's own measure; squared error is quadratic in them.
+    moved = np.einsum("nci,ki->knc", jacobian, flat)
+    if family == "normal":
+        assert model_of_loss.logit_changes == []
+        return
+    if family == "categorical":
+        moved -= moved.mean(axis=2, keepdims=True)
+    inner_products = np.einsum("inc,jnc->ij", moved, moved) / (len(x) if family == "categorical" else moved[0].size)
+    (found,) = model_of_loss.logit_changes
+    np.testing.assert_allclose(found, inner_products, rtol=1e-4, atol=1e-5 * inner_products.max())
 
 
 def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
@@ -191,7 +213,7 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
     forward_pass = recorder.take()
     heads = likelihoods.heads("auto", model, returned)
     (direction,) = _directions(model)
-    quadratic = quadratic_model(forward_pass, heads, [direction], tf.constant(0.0), tf.constant([0, 0]))
+    quadratic = quadratic_model(forward_pass, heads, [direction], tf.constant(0.0), tf.constant([0, 0])).curvature
     expected = 0.0
     for index, (family, averaged) in enumerate((("normal", 2), ("categorical", 1))):
         single = keras.Model(inputs, outputs[index])
@@ -303,3 +325,34 @@ def test_damping_stays_within_its_range():
         rising, other = follow_damping(rising, other, tf.constant(-1.0), tf.constant(2.0))
     assert float(falling) == pytest.approx(low)
     assert float(rising) == pytest.approx(high)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_no_output_moves_by_more_than_the_bound_and_short_steps_are_left_alone(scale):
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(2, 3, 2))  # Two outputs.
+    changes = [tf.constant(root.T @ root * scale**2, tf.float32) for root in roots]
+    step = StepCoefficients(tf.constant(0.7), tf.constant(0.4))
+    part = float(trusted_part(step, changes))
+    lengths = scale * np.linalg.norm(roots @ [-0.7, 0.4], axis=1)
+    assert part == pytest.approx(min(1.0, MAX_LOGIT_CHANGE / lengths.max()), rel=1e-5)
+    assert (part == 1) == (scale < 1e3) or scale == 1
+    assert float(trusted_part(step, [])) == 1.0
+
+
+def test_changes_that_are_not_numbers_are_not_taken_for_small_ones():
+    step = StepCoefficients(tf.constant(0.7), tf.constant(0.4))
+    assert np.isnan(trusted_part(step, [tf.fill([2, 2], float("nan"))]))
+
+
+@pytest.mark.parametrize("trusted", [1.0, 0.25])
+@pytest.mark.parametrize("curvature", [1.0, 2.0, 0.5])
+def test_steps_cut_short_judge_the_model_as_whole_ones_do(trusted, curvature):
+    """On `½ c w²` with a model of curvature 1 from w = 1 the ratio is 2 − c, however far the step went."""
+    slope = -trusted  # ∇ᵀδ with ∇ = c w = c; in units of c.
+    nothing = tf.zeros([2])
+    last, _, averages = control_after(nothing, tf.constant(1.0), nothing, tf.constant(0.0), tf.constant(slope), trusted)
+    after = slope * (1 - curvature * trusted)
+    _, damping, averages = control_after(last, tf.constant(1.0), averages, tf.constant(after), tf.constant(0.0), 1.0)
+    assert float(1 + averages[1] / averages[0]) == pytest.approx(2 - curvature, abs=1e-5)
+    assert float(damping) == pytest.approx({1.0: 0.8, 2.0: 1.25, 0.5: 0.8}[curvature])

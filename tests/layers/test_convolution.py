@@ -339,3 +339,10 @@ def test_a_layer_with_lora_computes_as_keras_and_is_no_optimizers_to_claim(kind)
         model = keras.Sequential([keras.Input(x.shape[1:]), layer, keras.layers.Flatten(), KPSVDDense(1, name="out")])
         model.compile(loss="mse")
         assert set(fisher_samples(model, x, np.ones((2, 1)))) == {"out"}
+
+
+def test_many_groups_train_without_curvature():
+    for groups, curved in ((32, True), (33, False)):
+        layer = KPSVDConv2D(groups, 1, groups=groups)
+        layer.build((None, 3, 3, groups))
+        assert bool(layers_of(layer.trainable_variables)) == curved
