@@ -73,7 +73,8 @@ class KPSVD(keras.optimizers.SGD):
     Args:
         learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With
             "adaptive", rate and momentum minimise the quadratic model along the preconditioned gradient and the
-            previous step (Martens & Grosse 2015, §7), and variables of other layers train at the rate 0.01
+            previous step (Martens & Grosse 2015, §7), shortened where the logits of a "categorical" or "bernoulli"
+            output would move by more than 2 (root mean square), and variables of other layers train at the rate 0.01
             (`optimizer.learning_rate` sets it).
         method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
             second term of the two-term methods is the best one with symmetric factors.
