@@ -30,7 +30,7 @@ import tensorflow as tf
 import keras_kpsvd
 from keras_kpsvd.curvature.reduction import MEMORY_BUDGET, LayerCall, refresh_rows
 from keras_kpsvd.curvature.samples import layer_calls, pass_heads, preactivation_gradients
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
+from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, invert_layers, refresh_layers
 from keras_kpsvd.layers import Recorder, RecordingLayer
 
 BATCH, SIZE, CLASSES = 128, 32, 10
@@ -110,19 +110,11 @@ def _refresh_and_invert(
 
     @tf.function(autograph=False)
     def refresh():
-        results = [block.refresh(calls[block.layer]) for block in blocks]
-        assign_last(
-            [variable for block in blocks for variable in block.refresh_targets],
-            [value for values, _ in results for value in values],
-        )
+        refresh_layers(blocks, calls)
 
     @tf.function(autograph=False)
     def invert():
-        results = [block.invert(tf.constant(0.01)) for block in blocks]
-        assign_last(
-            [variable for block in blocks for variable in block.preconditioner],
-            [value for values, _ in results for value in values],
-        )
+        invert_layers(blocks, tf.constant(0.01))
 
     return refresh, invert
 

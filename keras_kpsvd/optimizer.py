@@ -24,7 +24,7 @@ from keras_kpsvd.arguments import (
 from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last
+from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last, invert_layers, refresh_layers
 from keras_kpsvd.curvature.step_control import (
     StepCoefficients,
     control_after,
@@ -337,14 +337,10 @@ class KPSVD(keras.optimizers.SGD):
             repeats = likelihoods.draws_per_example(heads) if self.fisher == "exact" else 1
             calls = layer_calls(forward_pass, gradients, rows, repeats)
             present = [block for block in blocks if block.layer in calls]
-            results = [block.refresh(calls[block.layer]) for block in present]
-            assign_last(
-                [variable for block in present for variable in block.refresh_targets],
-                [value for values, _ in results for value in values],
-            )
+            good = refresh_layers(present, calls)
             self._next_refresh.assign(self._updates.value + self.curvature_interval)
             names = [block.layer.name for block in present]
-            warn_of_layers(names, [good for _, good in results], "its new curvature is not finite; the old one stays")
+            warn_of_layers(names, good, "its new curvature is not finite; the old one stays")
             return tf.constant(True)
 
         tf.cond(self._updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
@@ -353,17 +349,10 @@ class KPSVD(keras.optimizers.SGD):
         """Makes the preconditioners anew, on updates where that is due and once there is curvature."""
 
         def invert() -> tf.Tensor:
-            damping = tf.convert_to_tensor(self._damping.value)
-            results = [block.invert(damping) for block in blocks]
-            assign_last(
-                [variable for block in blocks for variable in block.preconditioner],
-                [value for values, _ in results for value in values],
-            )
+            good = invert_layers(blocks, tf.convert_to_tensor(self._damping.value))
             self._next_inverse.assign(self._updates.value + self.inverse_interval)
             names = [block.layer.name for block in blocks]
-            warn_of_layers(
-                names, [good for _, good in results], "its decomposition failed; the last good preconditioner stays"
-            )
+            warn_of_layers(names, good, "its decomposition failed; the last good preconditioner stays")
             return tf.constant(True)
 
         due = (self._updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)

@@ -178,6 +178,26 @@ class LayerCurvature:
         )
 
 
+def refresh_layers(layers: list[LayerCurvature], calls: dict[RecordingLayer, list[LayerCall]]) -> list[tf.Tensor]:
+    """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good."""
+    results = [one.refresh(calls[one.layer]) for one in layers]
+    assign_last(
+        [variable for one in layers for variable in one.refresh_targets],
+        [value for values, _ in results for value in values],
+    )
+    return [good for _, good in results]
+
+
+def invert_layers(layers: list[LayerCurvature], damping: tf.Tensor) -> list[tf.Tensor]:
+    """Makes the preconditioners of every layer anew, likewise."""
+    results = [one.invert(damping) for one in layers]
+    assign_last(
+        [variable for one in layers for variable in one.preconditioner],
+        [value for values, _ in results for value in values],
+    )
+    return [good for _, good in results]
+
+
 def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.Tensor], tf.Tensor]:
     return [value for values, _ in results for value in values], tf.reduce_all(tf.stack([good for _, good in results]))
 

@@ -1,13 +1,13 @@
 """Mathematics of Kronecker-product approximations of a Fisher block: TensorFlow only, no Keras, no variables."""
 
-from keras_kpsvd.linalg.damping import DAMPING_RULES, DampingRule, factor_damping
-from keras_kpsvd.linalg.gram import gram_triples, row_gram, weighted_outer_products
-from keras_kpsvd.linalg.kronecker import KroneckerSum, recompress
-from keras_kpsvd.linalg.lanczos import golub_kahan_lanczos
-from keras_kpsvd.linalg.rearrangement import RearrangedFisher, SubtractedTerm
-from keras_kpsvd.linalg.scaling import all_finite
-from keras_kpsvd.linalg.singular import cheapest_route, leading_triples, power_iteration
-from keras_kpsvd.linalg.solve import (
+from .damping import DAMPING_RULES, DampingRule, factor_damping
+from .gram import gram_triples, row_gram, weighted_outer_products
+from .kronecker import KroneckerSum, recompress
+from .lanczos import golub_kahan_lanczos
+from .rearrangement import RearrangedFisher, SubtractedTerm
+from .scaling import all_finite
+from .singular import cheapest_route, leading_triples, power_iteration
+from .solve import (
     INDEFINITE_RULES,
     IndefiniteRule,
     apply_corrected,
@@ -20,7 +20,7 @@ from keras_kpsvd.linalg.solve import (
     one_term_and_correction,
     two_term_denominators,
 )
-from keras_kpsvd.linalg.triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
+from .triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
 
 __all__ = [
     "CONVERGED",

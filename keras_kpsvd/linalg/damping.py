@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan
+from .scaling import as_scalar, divide_no_nan
 
 DampingRule = Literal["sqrt", "factor"]
 DAMPING_RULES: tuple[str, ...] = get_args(DampingRule)

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_kpsvd.linalg.rearrangement import SubtractedTerm
-from keras_kpsvd.linalg.scaling import all_finite, divide_no_nan, safe_norm, unit_rows
-from keras_kpsvd.linalg.triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, fix_signs
+from .rearrangement import SubtractedTerm
+from .scaling import all_finite, divide_no_nan, safe_norm, unit_rows
+from .triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, fix_signs
 
 # For float64 samples, half-vectorised rows up to this many times the batch, or of this width, are taken as they are
 # (through a QR) rather than through their Gram matrix: dearer, but nothing is squared.

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.damping import DampingRule, factor_damping
-from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan, safe_norm
-from keras_kpsvd.linalg.solve import (
+from .damping import DampingRule, factor_damping
+from .scaling import as_scalar, divide_no_nan, safe_norm
+from .solve import (
     IndefiniteRule,
     apply_one_term,
     apply_two_term,
@@ -16,7 +16,7 @@ from keras_kpsvd.linalg.solve import (
     joint_eigenbasis,
     solve_skew_pair,
 )
-from keras_kpsvd.linalg.triples import epsilon, project, term_signs
+from .triples import epsilon, project, term_signs
 
 KroneckerTerm = tuple[tf.Tensor, tf.Tensor]
 

@@ -2,9 +2,9 @@
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.rearrangement import RearrangedFisher
-from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan, safe_norm
-from keras_kpsvd.linalg.triples import (
+from .rearrangement import RearrangedFisher
+from .scaling import as_scalar, divide_no_nan, safe_norm
+from .triples import (
     CONVERGED,
     NOT_CONVERGED,
     NOT_FINITE,

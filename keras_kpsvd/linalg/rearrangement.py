@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.scaling import all_finite, divide_no_nan, safe_norm, unit_rows
+from .scaling import all_finite, divide_no_nan, safe_norm, unit_rows
 
 
 class SubtractedTerm(NamedTuple):

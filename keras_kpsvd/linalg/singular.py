@@ -16,11 +16,11 @@ from typing import Literal
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.gram import gram_triples
-from keras_kpsvd.linalg.lanczos import golub_kahan_lanczos
-from keras_kpsvd.linalg.rearrangement import RearrangedFisher
-from keras_kpsvd.linalg.scaling import as_scalar, divide_no_nan, safe_norm
-from keras_kpsvd.linalg.triples import (
+from .gram import gram_triples
+from .lanczos import golub_kahan_lanczos
+from .rearrangement import RearrangedFisher
+from .scaling import as_scalar, divide_no_nan, safe_norm
+from .triples import (
     CONVERGED,
     NOT_CONVERGED,
     NOT_FINITE,

@@ -17,8 +17,8 @@ from typing import Literal, get_args
 
 import tensorflow as tf
 
-from keras_kpsvd.linalg.scaling import all_finite, as_scalar
-from keras_kpsvd.linalg.triples import epsilon
+from .scaling import all_finite, as_scalar
+from .triples import epsilon
 
 # Passes of subspace iteration: the Rayleigh quotients are quadratically better than the subspace they are taken in.
 SUBSPACE_STEPS = 3
