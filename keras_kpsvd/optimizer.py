@@ -22,17 +22,11 @@ from keras_kpsvd.arguments import (
     resolve_seed,
 )
 from keras_kpsvd.curvature.approximations import check_method
+from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last, invert_layers, refresh_layers
-from keras_kpsvd.curvature.step_control import (
-    StepCoefficients,
-    control_after,
-    fit_step,
-    inner,
-    quadratic_model,
-    trusted_part,
-)
+from keras_kpsvd.curvature.step_control import StepCoefficients, control_after, inner, quadratic_model, scaled
 from keras_kpsvd.layers import ForwardPass, Recorder, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback, warn_of_layers, warn_when_run
@@ -46,7 +40,7 @@ class _Proposal(NamedTuple):
 
     gradients: list
     step: StepCoefficients | None
-    control: tuple[tf.Tensor, ...] | None
+    control: list[tuple[keras.Variable, tf.Tensor]]
     finite: tf.Tensor
 
 
@@ -89,6 +83,9 @@ class KPSVD(keras.optimizers.SGD):
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
         curvature_interval: updates between refreshes of the factors (the paper's T_cov).
         inverse_interval: updates between rebuilds of the preconditioners (T_inv).
+        fit_interval: with the adaptive rate, updates between exact quadratic models. Those in between are extrapolated
+            (`curvature.extrapolation`), except in the first 100 updates, for batches of fewer than 16 examples, and
+            where the last step overshot. 1: never.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
@@ -115,15 +112,16 @@ class KPSVD(keras.optimizers.SGD):
     def __init__(
         self,
         learning_rate: Any = "adaptive",
-        method: str = "kfac_corrected",
+        method: str = "kfac",
         momentum: float = 0.9,
         nesterov: bool = False,
         damping: float | str = "adaptive",
         damping_rule: str = "sqrt",
         kl_clip: float | None = 1e-2,
-        factor_decay: float = 0.95,
-        curvature_interval: int = 4,
-        inverse_interval: int = 8,
+        factor_decay: float = 0.85,
+        curvature_interval: int = 10,
+        inverse_interval: int = 10,
+        fit_interval: int = 10,
         fisher: str = "sampled",
         likelihood: str | Callable = "auto",
         fisher_batch_size: int | None = None,
@@ -143,6 +141,7 @@ class KPSVD(keras.optimizers.SGD):
             check_positive("kl_clip", kl_clip, " or None")
         check_count("curvature_interval", curvature_interval)
         check_count("inverse_interval", inverse_interval)
+        check_count("fit_interval", fit_interval)
         if fisher_batch_size is not None:
             check_count("fisher_batch_size", fisher_batch_size)
         check_fraction("factor_decay", factor_decay, one=False)
@@ -171,6 +170,7 @@ class KPSVD(keras.optimizers.SGD):
         self.factor_decay = float(factor_decay)
         self.curvature_interval = int(curvature_interval)
         self.inverse_interval = int(inverse_interval)
+        self.fit_interval = int(fit_interval)
         self.fisher = fisher
         self.likelihood = likelihood
         self.fisher_batch_size = fisher_batch_size
@@ -191,13 +191,14 @@ class KPSVD(keras.optimizers.SGD):
                 f"Received a strategy with {self._distribution_strategy.num_replicas_in_sync} replicas."
             )
         super().build(variables)
-        self._follows = self.adaptive or self.damping == "adaptive"
+        self._moves = self.damping == "adaptive"
+        self._follows = self.adaptive or self._moves
         if self._follows and not self.momentums:
             self.momentums = self.add_optimizer_variables(variables, "momentum")
         options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
-        self._updates, self._next_refresh, self._next_inverse = (
+        self._updates, self._next_refresh, self._next_inverse, self._next_fit = (
             self.add_variable(shape=(), dtype="int64", name=name)
-            for name in ("updates", "next_refresh", "next_inverse")
+            for name in ("updates", "next_refresh", "next_inverse", "next_fit")
         )
         start = INITIAL_DAMPING if self.damping == "adaptive" else self.damping
         self._damping = self.add_variable(
@@ -205,6 +206,10 @@ class KPSVD(keras.optimizers.SGD):
         )
         self._slope = self.add_variable(shape=(2,), dtype="float32", name="slope")
         self._slope_averages = self.add_variable(shape=(2,), dtype="float32", name="slope_averages")
+        self._kept = [
+            self.add_variable(shape=shape, dtype="float32", name=f"model_{name}")
+            for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
+        ]
         self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
         self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
         for block in self._blocks:
@@ -233,8 +238,7 @@ class KPSVD(keras.optimizers.SGD):
             # Keras reduces all gradients in one operation, which takes tensors of one graph only: that of this branch.
             gradients = tf.nest.map_structure(tf.identity, proposal.gradients)
             super(KPSVD, self)._backend_update_step(gradients, trainable_variables, learning_rate)
-            if proposal.control is not None:
-                assign_last([self._slope, self._damping, self._slope_averages], list(proposal.control))
+            assign_last(*([pair[side] for pair in proposal.control] for side in (0, 1)))
             self._updates.assign_add(1)
             return tf.constant(True)
 
@@ -270,7 +274,7 @@ class KPSVD(keras.optimizers.SGD):
             if all(self._var_key(variable) in position for variable in block.layer.curvature_variables)
         }
         if not blocks:
-            return _Proposal(grads, None, None, tf.constant(True))
+            return _Proposal(grads, None, [], tf.constant(True))
         heads = None if forward_pass is None else pass_heads(forward_pass, self.likelihood)
         if forward_pass is not None and forward_pass.model is not None:
             check_kernels_are_not_shared(forward_pass.model)
@@ -286,34 +290,34 @@ class KPSVD(keras.optimizers.SGD):
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(self.momentum)
         previous, overlap, trusted = None, tf.constant(0.0), tf.constant(1.0)
         if self._follows:
+            velocity = [one.value for one in self.momentums]
             previous = {
-                block.layer: [
-                    self.momentums[self._get_variable_index(v)].value for v in block.layer.curvature_variables
-                ]
+                block.layer: [velocity[self._get_variable_index(v)] for v in block.layer.curvature_variables]
                 for block in blocks
             }
             overlap = inner(gradients, previous)
+        control = []
         if self.adaptive and forward_pass is not None:
-            damping = tf.convert_to_tensor(self._damping.value)
-            model = quadratic_model(forward_pass, heads, [directions, previous], damping, seed)
-            fitted = fit_step(model.curvature, tf.stack([descent, overlap]), self.momentum)
-            trusted = trusted_part(fitted, model.logit_changes)
-            rate, momentum = trusted * fitted.rate, trusted * fitted.momentum
+            kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
+            damping, updates = tf.convert_to_tensor(self._damping.value), tf.convert_to_tensor(self._updates.value)
+            examples = tf.shape(heads[0].outputs)[0]
+            due = needs_exact_fit(kept, self._slope.value, descent, overlap, updates, self._next_fit.value, examples)
+            exact = functools.partial(quadratic_model, forward_pass, heads, [directions, previous], damping, seed)
+            (rate, momentum), trusted, kept = next_step(exact, due, kept, tf.stack([descent, overlap]), self.momentum)
+            control += zip(self._kept, kept, strict=True)
+            control.append((self._next_fit, tf.where(due, updates + self.fit_interval, self._next_fit.value)))
         elif not self.adaptive and self.kl_clip is not None:
-            bound = tf.sqrt(tf.math.divide_no_nan(self.kl_clip, rate * rate * descent))
-            scale = tf.where(descent > 0, tf.minimum(1.0, bound), 1.0)
+            scale = tf.sqrt(tf.math.divide_no_nan(self.kl_clip, rate * rate * descent))
+            scale = tf.where(descent > 0, tf.minimum(1.0, scale), 1.0)
             rate *= scale
             if self.nesterov:  # Keras's own update takes the rate: the scale goes into the gradient.
-                directions = {
-                    layer: [value * tf.cast(scale, value.dtype) for value in values]
-                    for layer, values in directions.items()
-                }
+                directions = scaled(directions, scale)
         finite &= tf.math.is_finite(rate) & tf.math.is_finite(momentum)
-        control = None
-        if self.damping == "adaptive":
+        if self._follows:
             slope = momentum * overlap - rate * descent
-            state = (self._slope.value, self._damping.value, self._slope_averages.value)
-            control = control_after(*state, overlap, slope, trusted)
+            state = (self._slope, self._damping, self._slope_averages)
+            values = control_after(*(one.value for one in state), overlap, slope, trusted)
+            control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
         results = list(grads)
         for block, at in blocks.items():
             for place, value in zip(at, directions[block.layer], strict=True):
@@ -378,7 +382,7 @@ class KPSVD(keras.optimizers.SGD):
         if callable(likelihood):
             likelihood = keras.saving.serialize_keras_object(likelihood)
         names = (
-            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval fisher "
+            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval fit_interval fisher "
             "fisher_batch_size indefinite seed"
         )
         return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}

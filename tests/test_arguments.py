@@ -21,6 +21,7 @@ BAD = {
     "kl_clip": [0, -1.0, NAN, INFINITY, "none", True],
     "curvature_interval": [0, -1, 1.5, NAN, None, True, "2"],
     "inverse_interval": [0, -1, 2.0, None, False],
+    "fit_interval": [0, 1.5, None, True],
     "fisher_batch_size": [0, -8, 0.25, True],
     "factor_decay": [1, 1.0, -0.1, 1.5, NAN, None, "0.9", True],
     "momentum": [-0.1, 1.1, NAN, None, "0.9", True],

@@ -132,6 +132,11 @@ def inner(one: Direction, other: Direction) -> tf.Tensor:
     return tf.add_n(products)
 
 
+def scaled(direction: Direction, factor: tf.Tensor) -> Direction:
+    """A direction times a scalar."""
+    return {layer: [value * tf.cast(factor, value.dtype) for value in values] for layer, values in direction.items()}
+
+
 def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -> StepCoefficients:
     """Minimises `½ cᵀ M c + slopesᵀ c` over `c = (−rate, momentum)`, rate not negative, momentum in `[0,
     largest_momentum]`.

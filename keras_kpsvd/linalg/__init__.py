@@ -10,6 +10,7 @@ from .singular import cheapest_route, leading_triples, power_iteration
 from .solve import (
     INDEFINITE_RULES,
     IndefiniteRule,
+    Inverse,
     apply_corrected,
     apply_one_term,
     apply_two_term,
@@ -21,6 +22,7 @@ from .solve import (
     two_term_denominators,
 )
 from .triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
+from .truncated import TruncatedInverse, leading_eigenpairs, truncated_inverse
 
 __all__ = [
     "CONVERGED",
@@ -30,10 +32,12 @@ __all__ = [
     "NOT_FINITE",
     "DampingRule",
     "IndefiniteRule",
+    "Inverse",
     "KroneckerSum",
     "RearrangedFisher",
     "SingularTriples",
     "SubtractedTerm",
+    "TruncatedInverse",
     "all_finite",
     "apply_corrected",
     "apply_one_term",
@@ -46,11 +50,13 @@ __all__ = [
     "gram_triples",
     "invert_one_term",
     "joint_eigenbasis",
+    "leading_eigenpairs",
     "leading_triples",
     "one_term_and_correction",
     "power_iteration",
     "recompress",
     "row_gram",
+    "truncated_inverse",
     "two_term_denominators",
     "weighted_outer_products",
 ]

