@@ -84,8 +84,8 @@ class KPSVD(keras.optimizers.SGD):
         curvature_interval: updates between refreshes of the factors (the paper's T_cov).
         inverse_interval: updates between rebuilds of the preconditioners (T_inv).
         fit_interval: with the adaptive rate, updates between exact quadratic models. Those in between are extrapolated
-            (`curvature.extrapolation`), except in the first 100 updates, for batches of fewer than 16 examples, and
-            where the last step overshot. 1: never.
+            (`curvature.extrapolation`), except in the first 100 updates, with a new preconditioner, for batches of
+            fewer than 16 examples, and where the last step overshot. 1: never.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
@@ -281,8 +281,7 @@ class KPSVD(keras.optimizers.SGD):
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(self._iterations.value, tf.int64)])
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         self._refresh(forward_pass, heads, list(blocks), seed)
-        self._invert(list(blocks))
-
+        rebuilt = self._invert(list(blocks))
         gradients = {block.layer: [tf.convert_to_tensor(grads[i]) for i in at] for block, at in blocks.items()}
         directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
         descent = inner(directions, gradients)
@@ -300,8 +299,8 @@ class KPSVD(keras.optimizers.SGD):
         if self.adaptive and forward_pass is not None:
             kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
             damping, updates = tf.convert_to_tensor(self._damping.value), tf.convert_to_tensor(self._updates.value)
-            examples = tf.shape(heads[0].outputs)[0]
-            due = needs_exact_fit(kept, self._slope.value, descent, overlap, updates, self._next_fit.value, examples)
+            counts = (updates, self._next_fit.value, rebuilt, tf.shape(heads[0].outputs)[0])
+            due = needs_exact_fit(kept, self._slope.value, descent, overlap, *counts)
             exact = functools.partial(quadratic_model, forward_pass, heads, [directions, previous], damping, seed)
             (rate, momentum), trusted, kept = next_step(exact, due, kept, tf.stack([descent, overlap]), self.momentum)
             control += zip(self._kept, kept, strict=True)
@@ -349,8 +348,8 @@ class KPSVD(keras.optimizers.SGD):
 
         tf.cond(self._updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
 
-    def _invert(self, blocks: list[LayerCurvature]) -> None:
-        """Makes the preconditioners anew, on updates where that is due and once there is curvature."""
+    def _invert(self, blocks: list[LayerCurvature]) -> tf.Tensor:
+        """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
 
         def invert() -> tf.Tensor:
             good = invert_layers(blocks, tf.convert_to_tensor(self._damping.value))
@@ -360,7 +359,7 @@ class KPSVD(keras.optimizers.SGD):
             return tf.constant(True)
 
         due = (self._updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)
-        tf.cond(due, invert, lambda: tf.constant(False))
+        return tf.cond(due, invert, lambda: tf.constant(False))
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state, or raises where it does not match variable for variable; live state is then left alone.

@@ -59,13 +59,14 @@ def test_when_a_fit_must_be_exact():
     kept = _kept(np.eye(2), np.eye(2), 2.0, [-1.0, 0.0])
     late, fall = EXACT_UPDATES + 5, -3.0
 
-    def due(descent=2.0, slope_after=0.0, updates=late, next_fit=late + 1, expected=0.0, examples=64):
+    def due(descent=2.0, slope_after=0.0, updates=late, next_fit=late + 1, expected=0.0, examples=64, rebuilt=False):
         last, *rest = (tf.constant(value, tf.float32) for value in ([expected, fall], descent, slope_after))
-        counts = (tf.constant(updates, tf.int64), tf.constant(next_fit, tf.int64), tf.constant(examples))
-        return bool(needs_exact_fit(kept, last, *rest, *counts))
+        counts = (tf.constant(updates, tf.int64), tf.constant(next_fit, tf.int64))
+        return bool(needs_exact_fit(kept, last, *rest, *counts, tf.constant(rebuilt), tf.constant(examples)))
 
     assert not due()
     assert due(next_fit=late)
+    assert due(rebuilt=True)
     assert due(examples=FEWEST_EXAMPLES - 1)
     assert due(updates=EXACT_UPDATES - 1, next_fit=10 * late)
     assert due(descent=2.0 * GROWTH * 1.01) and not due(descent=2.0 * GROWTH * 0.99)
