@@ -128,11 +128,7 @@ def refreshes(rounds: int) -> dict[str, dict[str, float]]:
     alone, inverting = {}, {}
     for method in METHODS:
         options = CurvatureOptions(method, "sqrt", 0.95, "absolute")
-        calls = layer_calls(
-            forward_pass,
-            gradients,
-            functools.partial(refresh_rows, method),
-        )
+        calls = layer_calls(forward_pass.records, gradients, functools.partial(refresh_rows, method))
         blocks = [LayerCurvature(layer, options, _variable) for layer in calls]
 
         alone[method], inverting[f"{method} preconditioners"] = _refresh_and_invert(blocks, calls)

@@ -7,6 +7,8 @@ import numbers
 import random
 from typing import Any
 
+import tensorflow as tf
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number and no boolean."""
@@ -48,6 +50,24 @@ def check_count(argument: str, value: Any) -> None:
     """An integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
+
+
+def check_strategy(strategy: tf.distribute.Strategy, gradient_accumulation_steps: int | None) -> None:
+    """A `tf.distribute` strategy under which steps are possible."""
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return
+    if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+        raise ValueError(
+            "KPSVD trains on several devices under tf.distribute.MirroredStrategy and MultiWorkerMirroredStrategy, "
+            f"which keep every variable on every device. Received: {type(strategy).__name__} with {replicas} replicas"
+        )
+    if gradient_accumulation_steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` does not work on several devices: Keras takes the step inside a branch, "
+            "where TensorFlow lets devices not talk to each other. Leave it out and give each device a larger batch. "
+            f"Received: gradient_accumulation_steps={gradient_accumulation_steps} with {replicas} replicas"
+        )
 
 
 def check_state(optimizer: str, expected: list[tuple[int, ...]], store: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
 
 import keras
 import tensorflow as tf
@@ -18,30 +19,21 @@ from keras_kpsvd.arguments import (
     check_positive,
     check_rate,
     check_state,
+    check_strategy,
     is_number,
     resolve_seed,
 )
 from keras_kpsvd.curvature.approximations import check_method
-from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
-from keras_kpsvd.curvature.reduction import refresh_rows
-from keras_kpsvd.curvature.samples import check_fisher, layer_calls, pass_heads, preactivation_gradients
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, assign_last, invert_layers, refresh_layers
-from keras_kpsvd.curvature.step_control import StepCoefficients, control_after, inner, quadratic_model, scaled
-from keras_kpsvd.layers import ForwardPass, Recorder, check_kernels_are_not_shared, layers_of
+from keras_kpsvd.curvature.natural_gradient import NaturalGradient, Proposal, StepOptions
+from keras_kpsvd.curvature.replicas import JointPass, joint_pass
+from keras_kpsvd.curvature.samples import check_fisher
+from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.step_control import Direction, StepCoefficients
+from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
-from keras_kpsvd.reporting import tell_of_fallback, warn_of_layers, warn_when_run
+from keras_kpsvd.reporting import tell_of_fallback
 
-INITIAL_DAMPING = 0.03
 PLAIN_RATE = 0.01
-
-
-class _Proposal(NamedTuple):
-    """A step that was computed and not yet taken."""
-
-    gradients: list
-    step: StepCoefficients | None
-    control: list[tuple[keras.Variable, tf.Tensor]]
-    finite: tf.Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")
@@ -185,32 +177,14 @@ class KPSVD(keras.optimizers.SGD):
         """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
         if self.built:
             return
-        if self._distribution_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "KPSVD trains on one device: its curvature is not yet averaged over replicas. "
-                f"Received a strategy with {self._distribution_strategy.num_replicas_in_sync} replicas."
-            )
+        check_strategy(self._distribution_strategy, self.gradient_accumulation_steps)
         super().build(variables)
-        self._moves = self.damping == "adaptive"
-        self._follows = self.adaptive or self._moves
-        if self._follows and not self.momentums:
+        if (self.adaptive or self.damping == "adaptive") and not self.momentums:
             self.momentums = self.add_optimizer_variables(variables, "momentum")
         options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
-        self._updates, self._next_refresh, self._next_inverse, self._next_fit = (
-            self.add_variable(shape=(), dtype="int64", name=name)
-            for name in ("updates", "next_refresh", "next_inverse", "next_fit")
-        )
-        start = INITIAL_DAMPING if self.damping == "adaptive" else self.damping
-        self._damping = self.add_variable(
-            shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
-        )
-        self._slope = self.add_variable(shape=(2,), dtype="float32", name="slope")
-        self._slope_averages = self.add_variable(shape=(2,), dtype="float32", name="slope_averages")
-        self._kept = [
-            self.add_variable(shape=shape, dtype="float32", name=f"model_{name}")
-            for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
-        ]
         self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
+        step = StepOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StepOptions)})
+        self._natural = NaturalGradient(step, self._blocks, self.add_variable)
         self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
         for block in self._blocks:
             block.layer.attach(self._recorder)
@@ -225,31 +199,95 @@ class KPSVD(keras.optimizers.SGD):
     def _apply_weight_decay(self, variables: list) -> None:
         """Nothing here: weight decay is part of the step, which may be skipped whole; see `_backend_update_step`."""
 
+    # AutoGraph would convert what a hand-written loop calls, to no avail.
+    @tf.autograph.experimental.do_not_convert
     def _backend_update_step(self, grads: list, trainable_variables: list, learning_rate: Any) -> None:
+        """Adds up the gradients of the replicas, then takes one step with what was recorded on all of them."""
         forward_pass = self._recorder.take()
+        pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables, strict=True))
+        reduced = [gradient for gradient, _ in pairs]
+        step = functools.partial(self._step, variables=trainable_variables)
+        context = tf.distribute.get_replica_context()
+        number = tf.get_static_value(context.replica_id_in_sync_group)
+        context.merge_call(step, args=(forward_pass, number, reduced, learning_rate))
+
+    def _step(
+        self,
+        strategy: tf.distribute.Strategy,
+        forward_pass: Any,
+        number: Any,
+        gradients: list,
+        learning_rate: Any,
+        variables: list,
+    ) -> None:
+        """The whole step, in cross-replica context, where arguments stand for one value on each replica."""
+        of_replicas = dict(zip(map(self._var_key, variables), gradients, strict=True))
+        gradients = [strategy.experimental_local_results(gradient)[0] for gradient in gradients]
+        learning_rate = strategy.experimental_local_results(learning_rate)[0]
+        passes = strategy.experimental_local_results(forward_pass)
+        joint = self._join(strategy, passes, int(strategy.experimental_local_results(number)[0]))
+        finite = [_is_finite(gradient) for gradient in gradients]
+        failures = self._natural.failures
 
         def attempt() -> tf.Tensor:
-            proposal = self._propose(forward_pass, grads, trainable_variables, learning_rate)
-            return tf.cond(proposal.finite, lambda: take(proposal), lambda: skip("the preconditioned gradient", ""))
+            proposal = self._propose(joint, gradients, variables, learning_rate)
+            names = [layer.name for layer in proposal.directions]
 
-        def take(proposal: _Proposal) -> tf.Tensor:
-            super(KPSVD, self)._apply_weight_decay(trainable_variables)
+            def skip() -> tf.Tensor:
+                return failures.of_step("the preconditioned gradient", names, proposal.finite, "")
+
+            return tf.cond(proposal.sound, lambda: take(proposal), skip)
+
+        def take(proposal: Proposal) -> tf.Tensor:
+            if self.weight_decay is not None:
+                decay = super(KPSVD, self)._apply_weight_decay
+                strategy.extended.call_for_each_replica(decay, args=(variables,))
             self._coefficients = proposal.step
-            # Keras reduces all gradients in one operation, which takes tensors of one graph only: that of this branch.
-            gradients = tf.nest.map_structure(tf.identity, proposal.gradients)
-            super(KPSVD, self)._backend_update_step(gradients, trainable_variables, learning_rate)
-            assign_last(*([pair[side] for pair in proposal.control] for side in (0, 1)))
-            self._updates.assign_add(1)
+            steps = dict(of_replicas)
+            for layer, values in proposal.directions.items():
+                steps.update(zip(map(self._var_key, layer.curvature_variables), values, strict=True))
+            pairs = [(steps[self._var_key(one)], getattr(one, "value", one)) for one in variables]
+            self._distributed_tf_update_step(strategy, pairs, learning_rate)
+            self._natural.taken(proposal)
             return tf.constant(True)
 
-        def skip(what: str, curvature: str) -> tf.Tensor:
-            warn_when_run(
-                f"KPSVD skipped a step: {what} holds NaN or Inf. Weights and momentum{curvature} are unchanged."
-            )
-            return tf.constant(False)
+        def skip() -> tf.Tensor:
+            names = [variable.path.rpartition("/")[0] or variable.path for variable in variables]
+            return failures.of_step("the gradient", names, finite, ", and curvature,")
 
-        finite = tf.reduce_all(tf.stack([_is_finite(gradient) for gradient in grads]))
-        tf.cond(finite, attempt, lambda: skip("the gradient", ", and curvature,"))
+        tf.cond(tf.reduce_all(tf.stack(finite)), attempt, skip)
+
+    def _join(
+        self, strategy: tf.distribute.Strategy, passes: Sequence[ForwardPass | None], first: int
+    ) -> JointPass | None:
+        """What was recorded on all replicas; None where nothing was, or no layer here gets curvature."""
+        if any(one is None for one in passes) or not self._blocks:
+            return None
+        for one in passes:
+            if one.model is not None:
+                check_kernels_are_not_shared(one.model)
+        return joint_pass(strategy, passes, self.likelihood, first)
+
+    def _propose(self, joint: JointPass | None, gradients: list, variables: list, learning_rate: Any) -> Proposal:
+        """The step of those instrumented layers all of whose variables have a gradient; empty without any."""
+        given = dict(zip(map(self._var_key, variables), gradients, strict=True))
+        of_blocks: dict[LayerCurvature, list] = {
+            block: [given.get(self._var_key(variable)) for variable in block.layer.curvature_variables]
+            for block in self._blocks
+        }
+        blocks = [block for block, values in of_blocks.items() if all(value is not None for value in values)]
+        if not blocks:
+            return Proposal({}, None, [], [], tf.constant(True))
+        of_layers: Direction = {block.layer: [tf.convert_to_tensor(g) for g in of_blocks[block]] for block in blocks}
+        previous = self._last_step(of_layers) if self._natural.follows else None
+        return self._natural.propose(joint, blocks, of_layers, previous, learning_rate, self._iterations.value)
+
+    def _last_step(self, layers: Iterable[RecordingLayer]) -> Direction:
+        velocity = [one.value for one in self.momentums]
+        return {
+            layer: [velocity[self._get_variable_index(variable)] for variable in layer.curvature_variables]
+            for layer in layers
+        }
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """SGD's update; for instrumented layers under the adaptive rate the step that was fitted."""
@@ -264,102 +302,6 @@ class KPSVD(keras.optimizers.SGD):
         step = momentum * tf.cast(velocity.value, variable.dtype) - rate * tf.cast(gradient, variable.dtype)
         self.assign(velocity, step)
         self.assign_add(variable, step)
-
-    def _propose(self, forward_pass: ForwardPass | None, grads: list, variables: list, learning_rate: Any) -> _Proposal:
-        """Refreshes what is due, then computes a step without taking it."""
-        position = {self._var_key(variable): index for index, variable in enumerate(variables)}
-        blocks = {
-            block: [position[self._var_key(variable)] for variable in block.layer.curvature_variables]
-            for block in self._blocks
-            if all(self._var_key(variable) in position for variable in block.layer.curvature_variables)
-        }
-        if not blocks:
-            return _Proposal(grads, None, [], tf.constant(True))
-        heads = None if forward_pass is None else pass_heads(forward_pass, self.likelihood)
-        if forward_pass is not None and forward_pass.model is not None:
-            check_kernels_are_not_shared(forward_pass.model)
-        seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(self._iterations.value, tf.int64)])
-        seed = tf.cast(seed % (2**31 - 1), tf.int32)
-        self._refresh(forward_pass, heads, list(blocks), seed)
-        rebuilt = self._invert(list(blocks))
-        gradients = {block.layer: [tf.convert_to_tensor(grads[i]) for i in at] for block, at in blocks.items()}
-        directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
-        descent = inner(directions, gradients)
-        finite = tf.math.is_finite(descent)
-        rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(self.momentum)
-        previous, overlap, trusted = None, tf.constant(0.0), tf.constant(1.0)
-        if self._follows:
-            velocity = [one.value for one in self.momentums]
-            previous = {
-                block.layer: [velocity[self._get_variable_index(v)] for v in block.layer.curvature_variables]
-                for block in blocks
-            }
-            overlap = inner(gradients, previous)
-        control = []
-        if self.adaptive and forward_pass is not None:
-            kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
-            damping, updates = tf.convert_to_tensor(self._damping.value), tf.convert_to_tensor(self._updates.value)
-            counts = (updates, self._next_fit.value, rebuilt, tf.shape(heads[0].outputs)[0])
-            due = needs_exact_fit(kept, self._slope.value, descent, overlap, *counts)
-            exact = functools.partial(quadratic_model, forward_pass, heads, [directions, previous], damping, seed)
-            (rate, momentum), trusted, kept = next_step(exact, due, kept, tf.stack([descent, overlap]), self.momentum)
-            control += zip(self._kept, kept, strict=True)
-            control.append((self._next_fit, tf.where(due, updates + self.fit_interval, self._next_fit.value)))
-        elif not self.adaptive and self.kl_clip is not None:
-            scale = tf.sqrt(tf.math.divide_no_nan(self.kl_clip, rate * rate * descent))
-            scale = tf.where(descent > 0, tf.minimum(1.0, scale), 1.0)
-            rate *= scale
-            if self.nesterov:  # Keras's own update takes the rate: the scale goes into the gradient.
-                directions = scaled(directions, scale)
-        finite &= tf.math.is_finite(rate) & tf.math.is_finite(momentum)
-        if self._follows:
-            slope = momentum * overlap - rate * descent
-            state = (self._slope, self._damping, self._slope_averages)
-            values = control_after(*(one.value for one in state), overlap, slope, trusted)
-            control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
-        results = list(grads)
-        for block, at in blocks.items():
-            for place, value in zip(at, directions[block.layer], strict=True):
-                results[place] = value
-        return _Proposal(results, None if self.nesterov else StepCoefficients(rate, momentum), control, finite)
-
-    def _refresh(
-        self,
-        forward_pass: ForwardPass | None,
-        heads: list[likelihoods.Head] | None,
-        blocks: list[LayerCurvature],
-        seed: tf.Tensor,
-    ) -> None:
-        """Draws samples and folds them into the factors, on updates where that is due; others compute nothing."""
-        if forward_pass is None:
-            return
-
-        def refresh() -> tf.Tensor:
-            gradients = preactivation_gradients(forward_pass, heads, self.fisher, seed)
-            rows = functools.partial(refresh_rows, self.method, wanted=self.fisher_batch_size)
-            repeats = likelihoods.draws_per_example(heads) if self.fisher == "exact" else 1
-            calls = layer_calls(forward_pass, gradients, rows, repeats)
-            present = [block for block in blocks if block.layer in calls]
-            good = refresh_layers(present, calls)
-            self._next_refresh.assign(self._updates.value + self.curvature_interval)
-            names = [block.layer.name for block in present]
-            warn_of_layers(names, good, "its new curvature is not finite; the old one stays")
-            return tf.constant(True)
-
-        tf.cond(self._updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
-
-    def _invert(self, blocks: list[LayerCurvature]) -> tf.Tensor:
-        """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
-
-        def invert() -> tf.Tensor:
-            good = invert_layers(blocks, tf.convert_to_tensor(self._damping.value))
-            self._next_inverse.assign(self._updates.value + self.inverse_interval)
-            names = [block.layer.name for block in blocks]
-            warn_of_layers(names, good, "its decomposition failed; the last good preconditioner stays")
-            return tf.constant(True)
-
-        due = (self._updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)
-        return tf.cond(due, invert, lambda: tf.constant(False))
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state, or raises where it does not match variable for variable; live state is then left alone.

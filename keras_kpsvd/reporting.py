@@ -1,6 +1,4 @@
-"""Warnings from inside a step, in graph mode as eagerly: they run on the host, in branches a healthy step never
-takes.
-"""
+"""What the optimizer tells its user, when it is built and from inside a step."""
 
 from __future__ import annotations
 
@@ -13,24 +11,6 @@ import tensorflow as tf
 
 # Layers that a message names before it only counts.
 SHOWN_LAYERS = 12
-
-
-def warn_when_run(message: str) -> None:
-    """Issues `message` as a RuntimeWarning when the surrounding branch runs."""
-    _run_python(lambda _: warnings.warn(message, RuntimeWarning, stacklevel=2), tf.constant(0))
-
-
-def warn_of_layers(names: list[str], good: list[tf.Tensor], consequence: str) -> None:
-    """Issues one RuntimeWarning that names every layer whose flag is False; nothing where all are True."""
-    if not names:
-        return
-
-    def warn(flags: np.ndarray) -> None:
-        bad = ", ".join(repr(name) for name, flag in zip(names, flags, strict=True) if not flag)
-        warnings.warn(f"KPSVD, layer {bad}: {consequence}.", RuntimeWarning, stacklevel=2)
-
-    flags = tf.stack(good)
-    tf.cond(tf.reduce_all(flags), lambda: tf.constant(False), lambda: _run_python(warn, flags))
 
 
 def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> None:
@@ -54,7 +34,9 @@ def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> N
     warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
-def _run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:
+def run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:
+    """Calls `function` with the value of `argument` when the surrounding branch runs; what it raises ends the step."""
+
     def call(value: np.ndarray) -> np.bool_:
         function(value)
         return np.bool_(True)

@@ -41,7 +41,7 @@ def matrices(model):
     ]
 
 
-def state(model, *, but=("iteration", "learning_rate")):
+def state(model, *, but=("iteration", "learning_rate", "skipped_steps")):
     """`{path: value}` of all variables of a model and its optimizer; a loaded layer's path lacks the model's name."""
     return {
         v.path.replace("network/", "").replace("network_", ""): v.numpy()

@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-import keras_kpsvd.optimizer as optimizer_module
 from keras_kpsvd import KPSVD, KPSVDDense
-from keras_kpsvd.curvature import extrapolation
+from keras_kpsvd.curvature import extrapolation, natural_gradient
 from tests import reference
 from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
 
@@ -25,8 +24,8 @@ def _minimiser(matrix, slopes):
 def test_steps_between_exact_fits_minimise_the_extrapolated_model(monkeypatch):
     monkeypatch.setattr(extrapolation, "EXACT_UPDATES", 2)
     monkeypatch.setattr(extrapolation, "FEWEST_EXAMPLES", 1)
-    exact_products, sound = [], optimizer_module.quadratic_model
-    monkeypatch.setattr(optimizer_module, "quadratic_model", lambda *a: exact_products.append(number) or sound(*a))
+    exact_products, sound = [], natural_gradient.quadratic_model
+    monkeypatch.setattr(natural_gradient, "quadratic_model", lambda *a: exact_products.append(number) or sound(*a))
     options = {"curvature_interval": 1, "inverse_interval": 5, "factor_decay": 0.0, "fit_interval": 3}
     model = compiled(tanh_network(), KPSVD(method="kfac", damping=DAMPING, fisher="exact", **options))
     weights = matrices(model)

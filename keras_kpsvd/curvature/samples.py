@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_kpsvd import likelihoods
 from keras_kpsvd.curvature.reduction import LayerCall, positions_of, side_by_side
-from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer
+from keras_kpsvd.layers import ForwardPass, Record, Recorder, RecordingLayer
 
 Samples = tuple[tf.Tensor, tf.Tensor]
 
@@ -52,26 +52,48 @@ def preactivation_gradients(
     Raises:
         ValueError: no output depends on a recorded layer, or `fisher` can't be had here.
     """
+    return pull_back(forward_pass, heads, cotangents(heads, fisher, seed), fisher)
+
+
+def cotangents(heads: list[likelihoods.Head], fisher: str, seed: tf.Tensor) -> list[tf.Tensor]:
+    """What `pull_back` is to pull back for each head: `[batch, ...]` for "sampled", `[k, batch, ...]` for "exact".
+
+    Nothing for "empirical", where the loss itself is differentiated.
+    """
+    if fisher == "empirical":
+        return []
+    if fisher == "exact":
+        return [likelihoods.exact_cotangents(head) for head in heads]
+    return [
+        likelihoods.sampled_cotangent(head, seed + tf.constant([0, index], seed.dtype))
+        for index, head in enumerate(heads)
+    ]
+
+
+def pull_back(
+    forward_pass: ForwardPass,
+    heads: list[likelihoods.Head],
+    of_heads: list[tf.Tensor],
+    fisher: str,
+    examples: tf.Tensor | None = None,
+) -> list[tf.Tensor]:
+    """The gradients of `preactivation_gradients` for given `cotangents`.
+
+    `examples` is the number that the loss is a mean over where this pass is one of several whose losses add up to it.
+    """
     sources = [record.preactivation for record in forward_pass.records]
     if fisher == "empirical":
-        return _empirical(forward_pass, heads, sources)
-    targets = [head.outputs for head in heads]
+        return _empirical(forward_pass, heads, sources, examples)
     if fisher == "sampled":
-        cotangents = [
-            likelihoods.sampled_cotangent(head, seed + tf.constant([0, index], seed.dtype))
-            for index, head in enumerate(heads)
-        ]
-        return _backward(forward_pass.tape, targets, sources, cotangents)
+        return _backward(forward_pass.tape, [head.outputs for head in heads], sources, of_heads)
     blocks = []
-    for head in heads:
-        cotangents = likelihoods.exact_cotangents(head)
-        count = cotangents.shape[0]
+    for head, each in zip(heads, of_heads, strict=True):
         gradients = tf.map_fn(
             lambda cotangent, output=head.outputs: _backward(forward_pass.tape, [output], sources, [cotangent]),
-            cotangents,
+            each,
             fn_output_signature=[tf.TensorSpec(source.shape, source.dtype) for source in sources],
         )
-        blocks.append([(count, gradient) for gradient in gradients])
+        blocks.append([(each.shape[0], gradient) for gradient in gradients])
     total = sum(block[0][0] for block in blocks)
     merged = []
     for of_source in zip(*blocks, strict=True):
@@ -83,7 +105,7 @@ def preactivation_gradients(
 
 
 def layer_calls(
-    forward_pass: ForwardPass,
+    records: list[Record],
     gradients: list[tf.Tensor],
     rows: Callable[..., int | None] | None = None,
     repeats: int = 1,
@@ -91,7 +113,7 @@ def layer_calls(
     """The calls of every recorded layer with their gradients.
 
     Args:
-        forward_pass: the pass.
+        records: of a pass.
         gradients: one for each record; with `k` times as many rows as the batch the inputs are repeated.
         rows: from the shapes of a layer's blocks and its positions per example (None if unknown) to how many examples
             to use, the first of the batch; None for all.
@@ -101,7 +123,7 @@ def layer_calls(
         `{layer: calls}`, in the order of the calls.
     """
     collected: dict[RecordingLayer, list[LayerCall]] = {}
-    for record, gradient in zip(forward_pass.records, gradients, strict=True):
+    for record, gradient in zip(records, gradients, strict=True):
         collected.setdefault(record.layer, []).append(LayerCall(record.inputs, gradient))
     for layer, calls in collected.items():
         limit = None if rows is None else rows(layer.block_shapes, positions_of(layer, calls), repeats=repeats)
@@ -123,13 +145,13 @@ def _first_rows(inputs: tf.Tensor, gradient: tf.Tensor, rows: int | None) -> Lay
 def layer_samples(
     forward_pass: ForwardPass, gradients: list[tf.Tensor], rows: int | None = None
 ) -> dict[RecordingLayer, list[Samples]]:
-    """Samples of every recorded layer, in the one format; arguments as `layer_calls`, `rows` the same for all layers.
+    """Samples of every recorded layer, in the one format; as `layer_calls`, with `rows` the same for all layers.
 
     Returns:
         `{layer: [(activations [batch, shared, d_in], gradients [batch, shared, d_out]) of each block]}`; the calls of a
         layer stand side by side along `shared`, so that their contributions to `D_n` add up.
     """
-    calls = layer_calls(forward_pass, gradients, lambda shapes, positions, repeats: rows)
+    calls = layer_calls(forward_pass.records, gradients, lambda shapes, positions, repeats: rows)
     return {layer: side_by_side(layer, of_layer) for layer, of_layer in calls.items()}
 
 
@@ -268,7 +290,9 @@ def _backward(
     ]
 
 
-def _empirical(forward_pass: ForwardPass, heads: list[likelihoods.Head], sources: list[tf.Tensor]) -> list[tf.Tensor]:
+def _empirical(
+    forward_pass: ForwardPass, heads: list[likelihoods.Head], sources: list[tf.Tensor], examples: tf.Tensor | None
+) -> list[tf.Tensor]:
     """`√κ ∇(−log p(y_n|z_n))` at the actual targets, from the gradient of the loss itself, which carries `κ`."""
     if forward_pass.loss is None:
         raise ValueError(
@@ -285,7 +309,7 @@ def _empirical(forward_pass: ForwardPass, heads: list[likelihoods.Head], sources
         weight = tf.reduce_mean(weight, axis=list(range(1, weight.shape.rank)))
     scaled = []
     for gradient in gradients:
-        rows = tf.cast(tf.shape(gradient)[0], gradient.dtype)
+        rows = tf.cast(tf.shape(gradient)[0] if examples is None else examples, gradient.dtype)
         inverse = tf.cast(tf.math.divide_no_nan(1.0, tf.sqrt(weight)), gradient.dtype)
         if inverse.shape.rank == 1:
             inverse = tf.reshape(

@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
+from keras_kpsvd.curvature.guarded import guarded
+from keras_kpsvd.curvature.placement import on
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import (
@@ -69,7 +71,7 @@ class BlockCurvature:
         add_variable: Callable[..., keras.Variable],
     ):
         self.options = options
-        d_in, d_out = shape
+        self.shape = d_in, d_out = shape
 
         def add(shape: tuple[int, ...], name: str, initializer: str = "zeros") -> keras.Variable:
             return add_variable(shape=shape, dtype=dtype, name=f"{prefix}_{name}", initializer=initializer)
@@ -104,10 +106,7 @@ class BlockCurvature:
         """
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         count = tf.convert_to_tensor(self.count)
-        try:
-            return _kernels(self.options).refresh(batch, old, count)
-        except tf.errors.OpError:  # As in `invert`.
-            return [*_flatten(old), count], tf.constant(False)
+        return guarded(_kernels(self.options, self.shape).refresh, [batch, old, count], [*_flatten(old), count])
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -133,11 +132,8 @@ class BlockCurvature:
         terms = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         second = [tf.convert_to_tensor(variable) for variable in self._second]
         old = (*self._inverse_values(), *second)
-        try:
-            return _kernels(self.options).invert(terms, old, tf.convert_to_tensor(self.count) > 0, damping)
-        except tf.errors.OpError:
-            # Eagerly a failed decomposition raises; in a graph it returns NaN or is refused by the probe.
-            return tf.nest.flatten(old), tf.constant(False)
+        arguments = [terms, old, tf.convert_to_tensor(self.count) > 0, damping]
+        return guarded(_kernels(self.options, self.shape).invert, arguments, tf.nest.flatten(old))
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
@@ -156,6 +152,9 @@ class LayerCurvature:
         layer: a built instrumented layer.
         options: shared choices.
         add_variable: the optimizer's `add_variable`.
+
+    Attributes:
+        cost: of its refreshes and inversions, in no unit, to compare layers by.
     """
 
     def __init__(self, layer: RecordingLayer, options: CurvatureOptions, add_variable: Callable[..., keras.Variable]):
@@ -165,6 +164,7 @@ class LayerCurvature:
         prefix = layer.path.replace("/", "_")
         shapes = layer.block_shapes
         names = [prefix] if len(shapes) == 1 else [f"{prefix}_block_{index}" for index in range(len(shapes))]
+        self.cost = float(sum(d_in**3 + d_out**3 for d_in, d_out in shapes))
         self.blocks = [
             BlockCurvature(name, shape, dtype, options, add_variable) for name, shape in zip(names, shapes, strict=True)
         ]
@@ -197,9 +197,22 @@ class LayerCurvature:
         )
 
 
-def refresh_layers(layers: list[LayerCurvature], calls: dict[RecordingLayer, list[LayerCall]]) -> list[tf.Tensor]:
-    """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good."""
-    results = [one.refresh(calls[one.layer]) for one in layers]
+def refresh_layers(
+    layers: list[LayerCurvature],
+    calls: dict[RecordingLayer, list[LayerCall]],
+    devices: dict[RecordingLayer, str | None] | None = None,
+) -> list[tf.Tensor]:
+    """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good.
+
+    Args:
+        layers: the layers.
+        calls: of each.
+        devices: where to compute each; None leaves it to TensorFlow.
+    """
+    results = []
+    for one in layers:
+        with on((devices or {}).get(one.layer)):
+            results.append(one.refresh(calls[one.layer]))
     assign_last(
         [variable for one in layers for variable in one.refresh_targets],
         [value for values, _ in results for value in values],
@@ -207,9 +220,14 @@ def refresh_layers(layers: list[LayerCurvature], calls: dict[RecordingLayer, lis
     return [good for _, good in results]
 
 
-def invert_layers(layers: list[LayerCurvature], damping: tf.Tensor) -> list[tf.Tensor]:
+def invert_layers(
+    layers: list[LayerCurvature], damping: tf.Tensor, devices: dict[RecordingLayer, str | None] | None = None
+) -> list[tf.Tensor]:
     """Makes the preconditioners of every layer anew, likewise."""
-    results = [one.invert(damping) for one in layers]
+    results = []
+    for one in layers:
+        with on((devices or {}).get(one.layer)):
+            results.append(one.invert(damping))
     assign_last(
         [variable for one in layers for variable in one.preconditioner],
         [value for values, _ in results for value in values],
@@ -227,15 +245,14 @@ class _Kernels(NamedTuple):
 
 
 @functools.cache
-def _kernels(options: CurvatureOptions) -> _Kernels:
-    """The two computations as graph functions, traced once for each shape however often Keras traces a step.
+def _kernels(options: CurvatureOptions, shape: tuple[int, int]) -> _Kernels:
+    """The two computations for blocks of one shape as graph functions, traced once however often Keras traces a step.
 
-    Never inlined: a step calls them for every layer, and optimising as many copies took a third of the first step.
+    One pair for each shape: TensorFlow warns of functions that are traced again and again.
     """
-    separate = {"autograph": False, "experimental_attributes": {"_noinline": True}}
     return _Kernels(
-        tf.function(functools.partial(_refresh, options), **separate),
-        tf.function(functools.partial(_invert, options), **separate),
+        tf.function(functools.partial(_refresh, options), autograph=False),
+        tf.function(functools.partial(_invert, options), autograph=False),
     )
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
+from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
 
 # Slopes are averaged over some five steps. λ moves by a fifth a step at most: the paper's slower (19/20)^T1 every T1
@@ -98,8 +99,7 @@ class QuadraticModel(NamedTuple):
 
 
 def quadratic_model(
-    forward_pass: ForwardPass,
-    heads: list[likelihoods.Head],
+    joint: JointPass,
     directions: list[Direction],
     damping: tf.Tensor,
     seed: tf.Tensor,
@@ -107,14 +107,16 @@ def quadratic_model(
     """The quadratic model of the loss on a few directions in weight space.
 
     Args:
-        forward_pass: a closed pass with a persistent tape.
-        heads: its outputs.
+        joint: closed passes with persistent tapes.
         directions: `k` of them, each `{layer: values for its curvature variables}`.
         damping: λ, scalar.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
     """
-    tangents = [linearised_outputs(forward_pass, heads, direction) for direction in directions]
-    of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(heads)]
+    tangents = [
+        joint.outputs_by(lambda one, heads, changes=direction: linearised_outputs(one, heads, changes))
+        for direction in directions
+    ]
+    of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
     lengths = tf.stack([tf.stack([inner(one, other) for other in directions]) for one in directions])

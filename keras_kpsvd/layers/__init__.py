@@ -3,9 +3,8 @@
 from keras_kpsvd.layers.convolution import KPSVDConv1D, KPSVDConv2D
 from keras_kpsvd.layers.dense import KPSVDDense
 from keras_kpsvd.layers.einsum_dense import KPSVDEinsumDense
+from keras_kpsvd.layers.passes import ForwardPass, Record
 from keras_kpsvd.layers.recording import (
-    ForwardPass,
-    Record,
     Recorder,
     RecordingLayer,
     at_least_float32,

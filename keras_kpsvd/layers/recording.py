@@ -11,72 +11,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow.python.eager.record import could_possibly_record
 
-
-class Record(NamedTuple):
-    """One call of one instrumented layer."""
-
-    layer: RecordingLayer
-    inputs: tf.Tensor
-    preactivation: tf.Tensor
-
-
-@dataclass
-class ForwardPass:
-    """What one forward pass left behind.
-
-    Attributes:
-        context: Keras's call context of the outermost call, which tells passes apart.
-        graph: the graph the pass was traced in, None when it ran eagerly.
-        model: the outermost `keras.Model`, None where layers were called by hand.
-        tape: the recorder's tape; `tape.gradient` reaches every watched pre-activation.
-        records: the calls, in order.
-        outputs: what the model returned, as its loss received it; None where no `compute_loss` was called.
-        batch: the arguments of `compute_loss` less the outputs: `x`, `y`, `sample_weight`; None likewise.
-        loss: the scalar loss, None where it did not pass by. On the tape only when the recorder was asked to keep it.
-        last_output: what the last recorded call returned, which ends the model where no `compute_loss` says otherwise.
-    """
-
-    context: Any
-    graph: tf.Graph | None
-    model: keras.Model | None
-    tape: tf.GradientTape
-    records: list[Record] = field(default_factory=list)
-    outputs: Any = None
-    batch: dict[str, Any] | None = None
-    loss: tf.Tensor | None = None
-    last_output: tf.Tensor | None = None
-    recording: bool = True
-    unhook: Callable[[], None] | None = None
-
-    def close(self) -> None:
-        """Stops the tape and takes the hook off the model; idempotent."""
-        if self.recording:
-            self.recording = False
-            self.tape.__exit__(None, None, None)
-        if self.unhook is not None:
-            self.unhook()
-            self.unhook = None
-
-    @property
-    def layers(self) -> list[RecordingLayer]:
-        """The recorded layers, each once, in the order of their first call."""
-        return list(dict.fromkeys(record.layer for record in self.records))
+from keras_kpsvd.layers.passes import ForwardPass, Record, current_replica, encloses
 
 
 class Recorder:
     """Collects forward passes of the layers it is attached to.
 
     One pass is kept at a time. The next training-mode pass closes one that no optimizer took, so an abandoned pass
-    leaves neither a tape nor tensors behind. Each thread (under `tf.distribute`, each replica while tracing) has its
-    own pass.
+    leaves neither a tape nor tensors behind. Each thread, and each replica of a `tf.distribute` strategy, has its own.
 
     Args:
         keep_loss: the loss itself is needed on the tape (for gradients at the actual targets), so that the tape stays
@@ -90,6 +39,7 @@ class Recorder:
         self.persistent = persistent
         self.always = always
         self._local = threading.local()
+        self._of_replicas: dict[int, ForwardPass] = {}
 
     def __del__(self):
         # An open tape would stay on its thread for good.
@@ -107,7 +57,18 @@ class Recorder:
 
     @property
     def _current(self) -> ForwardPass | None:
-        return getattr(self._local, "forward_pass", None)
+        replica = current_replica()
+        if replica is None:
+            return getattr(self._local, "forward_pass", None)
+        return self._of_replicas.get(replica)
+
+    @_current.setter
+    def _current(self, forward_pass: ForwardPass | None) -> None:
+        replica = current_replica()
+        if replica is None:
+            self._local.forward_pass = forward_pass
+        else:
+            self._of_replicas[replica] = forward_pass
 
     def record(self, layer: RecordingLayer, inputs: tf.Tensor, preactivation: tf.Tensor) -> None:
         """Called by `layer` in each training-mode call, before its activation."""
@@ -138,7 +99,7 @@ class Recorder:
     @staticmethod
     def _continues(current: ForwardPass, layer: RecordingLayer, context: Any, graph: tf.Graph | None) -> bool:
         """Whether a call belongs to the pass under way: layers called by hand, one by one, share a pass too."""
-        if not current.recording or not _encloses(current.graph, graph):
+        if not current.recording or not encloses(current.graph, graph):
             return False
         return current.context is context or all(record.layer is not layer for record in current.records)
 
@@ -146,10 +107,8 @@ class Recorder:
         model = context.entry_layer if isinstance(context.entry_layer, keras.Model) else None
         tape = tf.GradientTape(persistent=self.persistent, watch_accessed_variables=False)
         opened = ForwardPass(context, graph, model, tape)
-        if model is not None:
-            opened.unhook = _hook_compute_loss(model, opened, self.keep_loss)
-        tape.__enter__()
-        self._local.forward_pass = opened
+        opened.open(keep_loss=self.keep_loss)
+        self._current = opened
         return opened
 
     def close(self, loss: tf.Tensor | None = None) -> None:
@@ -163,61 +122,17 @@ class Recorder:
         """Ends the pass under way and hands it over; None where nothing usable was recorded."""
         self.close()
         current = self._current
-        self._local.forward_pass = None
+        self._current = None
         if current is None or not current.records:
             return None
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        return current if _encloses(current.graph, graph) else None
+        return current if encloses(current.graph, graph) else None
 
     def discard(self) -> None:
         """Forgets the pass under way."""
         if self._current is not None:
             self._current.close()
-            self._local.forward_pass = None
-
-
-def _encloses(outer: tf.Graph | None, graph: tf.Graph | None) -> bool:
-    """Whether tensors of `outer` (None: eager) may be used in `graph`."""
-    if outer is None:
-        return graph is None
-    while graph is not None and graph is not outer:
-        graph = getattr(graph, "outer_graph", None)
-    return graph is outer
-
-
-def _hook_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss: bool) -> Callable[[], None]:
-    """Lets the next `model.compute_loss` tell `forward_pass` the outputs and the sample weights; returns the undoing.
-
-    Stock `train_step` calls it right after the forward pass. It is the one public place where a model's outputs and
-    sample weights pass by, whatever layers end the model. The hook is an attribute of the instance and takes itself off
-    when called.
-    """
-    before = model.__dict__.get("compute_loss")
-
-    def unhook() -> None:
-        if model.__dict__.get("compute_loss") is hook:
-            if before is None:
-                del model.__dict__["compute_loss"]
-            else:
-                model.__dict__["compute_loss"] = before
-
-    def hook(x=None, y=None, y_pred=None, sample_weight=None, **keywords):
-        unhook()
-        call = model.compute_loss if before is None else before
-        recorded = forward_pass.recording
-        if recorded:
-            forward_pass.outputs = y_pred
-            forward_pass.batch = {"x": x, "y": y, "sample_weight": sample_weight}
-            if not keep_loss:
-                forward_pass.close()
-        loss = call(x, y, y_pred, sample_weight, **keywords)
-        if recorded:
-            forward_pass.loss = loss
-            forward_pass.close()
-        return loss
-
-    model.__dict__["compute_loss"] = hook
-    return unhook
+            self._current = None
 
 
 # Every block is traced by itself, and with many the first step would take minutes: such layers train without curvature.

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVDDense, likelihoods
 from keras_kpsvd.curvature import step_control
+from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.curvature.step_control import (
     MAX_LOGIT_CHANGE,
     StepCoefficients,
@@ -171,7 +172,9 @@ def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping(na
     model, family, x = _problem(name)
     directions = _directions(model, 2)
     forward_pass, heads = _record(model, family, x)
-    model_of_loss = quadratic_model(forward_pass, heads, directions, tf.constant(damping), tf.constant([0, 0]))
+    model_of_loss = quadratic_model(
+        JointPass([forward_pass], [heads]), directions, tf.constant(damping), tf.constant([0, 0])
+    )
     quadratic = model_of_loss.curvature
 
     jacobian = _jacobian(model, x)
@@ -213,7 +216,9 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
     forward_pass = recorder.take()
     heads = likelihoods.heads("auto", model, returned)
     (direction,) = _directions(model)
-    quadratic = quadratic_model(forward_pass, heads, [direction], tf.constant(0.0), tf.constant([0, 0])).curvature
+    quadratic = quadratic_model(
+        JointPass([forward_pass], [heads]), [direction], tf.constant(0.0), tf.constant([0, 0])
+    ).curvature
     expected = 0.0
     for index, (family, averaged) in enumerate((("normal", 2), ("categorical", 1))):
         single = keras.Model(inputs, outputs[index])

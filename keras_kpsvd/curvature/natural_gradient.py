@@ -1,0 +1,216 @@
+"""One step of natural gradient: what is due is refreshed and inverted, then a step is computed without being taken."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
+from keras_kpsvd.curvature.failures import Failures
+from keras_kpsvd.curvature.placement import spread
+from keras_kpsvd.curvature.reduction import refresh_rows
+from keras_kpsvd.curvature.replicas import JointPass
+from keras_kpsvd.curvature.state import LayerCurvature, assign_last, invert_layers, refresh_layers
+from keras_kpsvd.curvature.step_control import (
+    Direction,
+    StepCoefficients,
+    control_after,
+    inner,
+    quadratic_model,
+    scaled,
+)
+from keras_kpsvd.layers import RecordingLayer
+
+INITIAL_DAMPING = 0.03
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The arguments of `KPSVD` that a step depends on, under their own names.
+
+    Attributes:
+        adaptive: whether rate and momentum are found in each step.
+    """
+
+    adaptive: bool
+    momentum: float
+    nesterov: bool
+    damping: float | str
+    kl_clip: float | None
+    method: str
+    curvature_interval: int
+    inverse_interval: int
+    fit_interval: int
+    fisher: str
+    fisher_batch_size: int | None
+    seed: int
+
+
+class Proposal(NamedTuple):
+    """A step that was computed and not yet taken.
+
+    Attributes:
+        directions: the preconditioned gradients, in float32 at least.
+        step: what to do with them; None where SGD's own update takes them.
+        control: variables and the values to assign to them once the step is taken.
+        finite: whether each layer's part of the step is, in the order of `directions`; and whether all of it is.
+    """
+
+    directions: Direction
+    step: StepCoefficients | None
+    control: list[tuple[keras.Variable, tf.Tensor]]
+    finite: list[tf.Tensor]
+    sound: tf.Tensor
+
+
+class NaturalGradient:
+    """The state of the steps of one optimizer, and their computation.
+
+    Args:
+        options: of the optimizer.
+        blocks: its layers.
+        add_variable: its `add_variable`.
+    """
+
+    def __init__(
+        self, options: StepOptions, blocks: Sequence[LayerCurvature], add_variable: Callable[..., keras.Variable]
+    ):
+        self.options = options
+        self._moves = options.damping == "adaptive"
+        self.updates, self._next_refresh, self._next_inverse, self._next_fit = (
+            add_variable(shape=(), dtype="int64", name=name)
+            for name in ("updates", "next_refresh", "next_inverse", "next_fit")
+        )
+        start = INITIAL_DAMPING if self._moves else options.damping
+        self._damping = add_variable(
+            shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
+        )
+        self._slope = add_variable(shape=(2,), dtype="float32", name="slope")
+        self._slope_averages = add_variable(shape=(2,), dtype="float32", name="slope_averages")
+        self._kept = [
+            add_variable(shape=shape, dtype="float32", name=f"model_{name}")
+            for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
+        ]
+        self._place = {block: place for place, block in enumerate(blocks)}
+        self.failures = Failures([block.layer.name for block in blocks], add_variable)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the last step has to be known."""
+        return self.options.adaptive or self._moves
+
+    def propose(
+        self,
+        joint: JointPass | None,
+        blocks: list[LayerCurvature],
+        gradients: Direction,
+        previous: Direction | None,
+        learning_rate: tf.Tensor,
+        iterations: tf.Tensor,
+    ) -> Proposal:
+        """Refreshes and inverts what is due, then computes a step.
+
+        Args:
+            joint: what was recorded, None where nothing was.
+            blocks: the layers that get a step.
+            gradients: theirs.
+            previous: their part of the last step; None where it is not kept.
+            learning_rate: the given one; of no meaning with the adaptive rate.
+            iterations: the optimizer's count, which draws are seeded with.
+        """
+        options = self.options
+        seed = tf.stack([tf.constant(options.seed, tf.int64), tf.cast(iterations, tf.int64)])
+        seed = tf.cast(seed % (2**31 - 1), tf.int32)
+        places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
+        self._refresh(joint, blocks, seed, places)
+        rebuilt = self._invert(blocks, places)
+        directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
+        parts = [inner({one: directions[one]}, gradients) for one in directions]
+        descent = tf.add_n(parts)
+        rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
+        overlap, trusted = tf.constant(0.0), tf.constant(1.0)
+        if previous is not None:
+            overlap = inner(gradients, previous)
+        control = []
+        if options.adaptive and joint is not None:
+            slopes = tf.stack([descent, overlap])
+            step, trusted, kept, fit = self._fit(joint, [directions, previous], slopes, rebuilt, seed)
+            rate, momentum = step
+            control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
+        elif not options.adaptive and options.kl_clip is not None:
+            scale = tf.sqrt(tf.math.divide_no_nan(options.kl_clip, rate * rate * descent))
+            scale = tf.where(descent > 0, tf.minimum(1.0, scale), 1.0)
+            rate *= scale
+            if options.nesterov:  # Keras's own update takes the rate: the scale goes into the gradient.
+                directions = scaled(directions, scale)
+        if self.follows:
+            slope = momentum * overlap - rate * descent
+            state = (self._slope, self._damping, self._slope_averages)
+            values = control_after(*(one.value for one in state), overlap, slope, trusted)
+            control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
+        finite = [tf.math.is_finite(part) for part in parts]
+        sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
+        step = None if options.nesterov else StepCoefficients(rate, momentum)
+        return Proposal(directions, step, control, finite, sound)
+
+    def _fit(
+        self,
+        joint: JointPass,
+        directions: list[Direction],
+        slopes: tf.Tensor,
+        rebuilt: tf.Tensor,
+        seed: tf.Tensor,
+    ) -> tuple[StepCoefficients, tf.Tensor, KeptModel, tf.Tensor]:
+        """Of `next_step`, and the update at which the next exact fit is due."""
+        kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
+        damping, updates = tf.convert_to_tensor(self._damping.value), tf.convert_to_tensor(self.updates.value)
+        counts = (updates, self._next_fit.value, rebuilt, joint.rows)
+        due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
+        exact = functools.partial(quadratic_model, joint, directions, damping, seed)
+        step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum)
+        return step, trusted, kept, tf.where(due, updates + self.options.fit_interval, self._next_fit.value)
+
+    def _refresh(
+        self,
+        joint: JointPass | None,
+        blocks: list[LayerCurvature],
+        seed: tf.Tensor,
+        places: dict[RecordingLayer, str | None],
+    ) -> None:
+        """Draws samples and folds them into the factors, on updates where that is due; others compute nothing."""
+        if joint is None:
+            return
+
+        def refresh() -> tf.Tensor:
+            rows = functools.partial(refresh_rows, self.options.method, wanted=self.options.fisher_batch_size)
+            calls = joint.calls(self.options.fisher, seed, rows, places)
+            present = [block for block in blocks if block.layer in calls]
+            good = refresh_layers(present, calls, places)
+            self._next_refresh.assign(self.updates.value + self.options.curvature_interval)
+            self.failures.of_refresh([self._place[block] for block in present], good)
+            return tf.constant(True)
+
+        tf.cond(self.updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
+
+    def _invert(self, blocks: list[LayerCurvature], places: dict[RecordingLayer, str | None]) -> tf.Tensor:
+        """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
+
+        def invert() -> tf.Tensor:
+            good = invert_layers(blocks, tf.convert_to_tensor(self._damping.value), places)
+            self._next_inverse.assign(self.updates.value + self.options.inverse_interval)
+            self.failures.of_inversion([self._place[block] for block in blocks], good)
+            return tf.constant(True)
+
+        due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)
+        return tf.cond(due, invert, lambda: tf.constant(False))
+
+    def taken(self, proposal: Proposal) -> None:
+        """Keeps what the next step needs, once a step was taken."""
+        assign_last(*([pair[side] for pair in proposal.control] for side in (0, 1)))
+        self.updates.assign_add(1)
+        self.failures.no_step_skipped()

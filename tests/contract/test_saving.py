@@ -1,0 +1,109 @@
+"""Models saved before the first step, inside other optimizers, and weights loaded after `compile`."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_kpsvd import KPSVD
+from tests.contract.oracle import EVERY_STEP, PLAIN, assert_steps, moved, squared_error_directions
+from tests.networks import compiled, matrices, problem, tanh_network
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def eighth():
+    """A callable rate."""
+    return 0.125
+
+
+@pytest.mark.parametrize(
+    ("rate", "values"),
+    [
+        (eighth, [0.125, 0.125]),
+        (keras.optimizers.schedules.PiecewiseConstantDecay([0], [0.5, 0.25]), [0.5, 0.25]),
+        (0.0625, [0.0625, 0.0625]),
+    ],
+    ids=["callable", "schedule", "number"],
+)
+def test_a_rate_of_every_kind_survives_saving_and_is_that_of_the_next_steps(tmp_path, rate, values):
+    model = tanh_network()
+    model.compile(KPSVD(**{**PLAIN, "learning_rate": rate}, **EVERY_STEP), "mse")
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    start = weights = matrices(loaded)
+    batches = [problem(seed=number) for number in range(2)]
+    for (x, y), value in zip(batches, values, strict=True):
+        weights = moved(weights, squared_error_directions(weights, x, y), value)
+        loaded.train_on_batch(x, y)
+    assert_steps(matrices(loaded), weights, start, 1e-5)
+
+
+def _wrapped(kind):
+    inner = KPSVD(0.1, damping=0.1, curvature_interval=3, inverse_interval=2, seed=1)
+    if kind == "LossScaleOptimizer":
+        return keras.optimizers.LossScaleOptimizer(inner, dynamic_growth_steps=2)
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("MultiOptimizer came with a later Keras")
+    chosen = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.01), {".*dense0/.*": inner})
+    return keras.optimizers.MultiOptimizer(chosen)
+
+
+@pytest.mark.parametrize("kind", ["LossScaleOptimizer", "MultiOptimizer"])
+def test_a_run_inside_another_optimizer_goes_on_from_its_file_bit_for_bit(tmp_path, kind):
+    """After four steps, between refreshes at 3 and 6; the other run is never interrupted."""
+    model = compiled(tanh_network(dtype="float32"), _wrapped(kind))
+    batches = [problem(seed=number, dtype="float32") for number in range(8)]
+    for batch in batches[:4]:
+        model.train_on_batch(*batch)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    at_four = matrices(model)
+    for batch in batches[4:]:
+        model.train_on_batch(*batch)
+        loaded.train_on_batch(*batch)
+    pairs = zip(
+        [*model.variables, *model.optimizer.variables], [*loaded.variables, *loaded.optimizer.variables], strict=True
+    )
+    for one, other in pairs:
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
+    assert all(np.linalg.norm(now - then) > 0 for now, then in zip(matrices(model), at_four, strict=True))
+
+
+def test_weights_of_a_trained_model_are_loaded_after_compile_and_the_first_step_is_taken_from_them(tmp_path):
+    """The new optimizer has no state to lose: as Keras's own does, it says that it takes none from the file."""
+    x, y = problem()
+    trained = compiled(tanh_network(), KPSVD(**PLAIN))
+    trained.train_on_batch(x, y)
+    trained.save_weights(tmp_path / "m.weights.h5")
+    model = tanh_network()
+    model.compile(KPSVD(**PLAIN), "mse")
+    with pytest.warns(UserWarning, match="optimizer"):
+        model.load_weights(tmp_path / "m.weights.h5")
+    start = matrices(model)
+    for now, wanted in zip(start, matrices(trained), strict=True):
+        np.testing.assert_array_equal(now, wanted)
+    model.train_on_batch(x, y)
+    assert_steps(matrices(model), moved(start, squared_error_directions(start, x, y)), start)
+
+
+def test_an_interrupted_fit_goes_on_from_its_backup_bit_for_bit(tmp_path):
+    """`BackupAndRestore` around `fit`, in graphs, stopped at the start of the third of four epochs."""
+
+    def fit(*callbacks):
+        optimizer = KPSVD(0.1, damping=0.1, curvature_interval=3, seed=1)
+        model = compiled(tanh_network(dtype="float32"), optimizer, run_eagerly=False)
+        x, y = problem(rows=20, dtype="float32")
+        try:
+            model.fit(x, y, batch_size=4, epochs=4, shuffle=False, verbose=0, callbacks=list(callbacks))
+        except KeyboardInterrupt:
+            return None
+        return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+    def stop(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    whole = fit()
+    assert fit(keras.callbacks.BackupAndRestore(tmp_path), keras.callbacks.LambdaCallback(on_epoch_begin=stop)) is None
+    for one, other in zip(fit(keras.callbacks.BackupAndRestore(tmp_path)), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
