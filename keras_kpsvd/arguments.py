@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 
 def is_number(value: Any) -> bool:
@@ -52,27 +53,54 @@ def check_count(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
 
 
-def check_strategy(strategy: tf.distribute.Strategy, gradient_accumulation_steps: int | None) -> None:
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
     """A `tf.distribute` strategy under which steps are possible."""
     replicas = strategy.num_replicas_in_sync
-    if replicas == 1:
-        return
-    if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+    known = tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy
+    if replicas > 1 and not isinstance(strategy, known):
         raise ValueError(
             "KPSVD trains on several devices under tf.distribute.MirroredStrategy and MultiWorkerMirroredStrategy, "
             f"which keep every variable on every device. Received: {type(strategy).__name__} with {replicas} replicas"
         )
-    if gradient_accumulation_steps:
+
+
+def check_branches(strategy: tf.distribute.Strategy, **arguments: int | None) -> None:
+    """No argument under which Keras lets replicas talk to each other inside a branch of a graph, which raises there."""
+    if strategy.num_replicas_in_sync == 1 or tf.executing_eagerly():
+        return
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"`{name}` does not work on several devices: Keras acts on it inside a branch of the graph, where "
+                "TensorFlow lets devices not talk to each other. Leave it out, or compile with run_eagerly=True. "
+                f"Received: {name}={value} with {strategy.num_replicas_in_sync} replicas"
+            )
+
+
+def under_xla() -> bool:
+    """Whether the function being traced is to be compiled by XLA."""
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def check_not_xla() -> None:
+    """No step with curvature inside a function that XLA compiles."""
+    if under_xla():
         raise ValueError(
-            "`gradient_accumulation_steps` does not work on several devices: Keras takes the step inside a branch, "
-            "where TensorFlow lets devices not talk to each other. Leave it out and give each device a larger batch. "
-            f"Received: gradient_accumulation_steps={gradient_accumulation_steps} with {replicas} replicas"
+            "KPSVD steps of instrumented layers cannot be compiled by XLA, which has no fast decompositions: leave out "
+            "`jit_compile` or set it to False. Received: jit_compile=True"
         )
 
 
-def check_state(optimizer: str, expected: list[tuple[int, ...]], store: Any) -> None:
-    """A saved state whose variables, numbered in order, have the expected shapes."""
-    received = [tuple(store[str(index)].shape) for index in range(len(store.keys()))]
+def check_state(optimizer: str, kind: str, expected: list[tuple[int, ...]], store: Any) -> None:
+    """A saved state of the same kind, whose variables, numbered in order, have the expected shapes."""
+    keys = set(store.keys())
+    saved = bytes(store["kind"]).decode() if "kind" in keys else kind
+    if saved != kind:
+        raise ValueError(
+            f"The saved state does not belong to optimizer {optimizer!r}: expected that of {kind}, received that of "
+            f"{saved}. The optimizer's state is unchanged."
+        )
+    received = [tuple(store[key].shape) for key in sorted(keys - {"kind"}, key=int)]
     if expected == received:
         return
     differing = next(

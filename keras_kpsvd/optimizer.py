@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -9,13 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
 from keras_kpsvd.arguments import (
+    check_branches,
     check_choice,
     check_count,
     check_fraction,
+    check_not_xla,
     check_positive,
     check_rate,
     check_state,
@@ -29,6 +33,7 @@ from keras_kpsvd.curvature.replicas import JointPass, joint_pass
 from keras_kpsvd.curvature.samples import check_fisher
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
 from keras_kpsvd.curvature.step_control import Direction, StepCoefficients
+from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback
@@ -55,6 +60,11 @@ class KPSVD(keras.optimizers.SGD):
     first call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose
     gradient holds NaN or Inf is skipped whole, with a RuntimeWarning: weights, momentum and curvature keep every bit. A
     layer whose decomposition fails keeps its last good preconditioner, or takes a plain gradient step if it has none.
+    Where either happens 20 times in a row, training ends with an InvalidArgumentError that names the layers.
+
+    On several devices (`tf.distribute.MirroredStrategy` in `fit`, `MultiWorkerMirroredStrategy` in hand-written loops)
+    a step is that of one device with the whole batch: statistics weight every example alike. The gradient is Keras's,
+    which on a batch that does not split evenly is the mean of the replicas' means.
 
     Args:
         learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With
@@ -94,7 +104,8 @@ class KPSVD(keras.optimizers.SGD):
         name: of the optimizer.
         **keras_optimizer_arguments: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
             `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps`, as in every
-            Keras optimizer.
+            Keras optimizer. With accumulation the curvature is that of the last part: parts of a few examples know too
+            little of it for the adaptive rate.
 
     Raises:
         ValueError: an argument out of range, by name, when the object is made; in the first step a loss whose
@@ -170,14 +181,15 @@ class KPSVD(keras.optimizers.SGD):
         self.seed = resolve_seed(seed)
         self._recorder = Recorder(keep_loss=fisher == "empirical", persistent=adaptive or fisher == "exact")
         self._blocks: tuple[LayerCurvature, ...] = ()
-        self._curved: frozenset = frozenset()
+        self._fitted: frozenset = frozenset()
         self._coefficients: StepCoefficients | None = None
+        self._restore: Callable | None = None
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
         if self.built:
             return
-        check_strategy(self._distribution_strategy, self.gradient_accumulation_steps)
+        check_strategy(self._distribution_strategy)
         super().build(variables)
         if (self.adaptive or self.damping == "adaptive") and not self.momentums:
             self.momentums = self.add_optimizer_variables(variables, "momentum")
@@ -185,16 +197,30 @@ class KPSVD(keras.optimizers.SGD):
         self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
         step = StepOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StepOptions)})
         self._natural = NaturalGradient(step, self._blocks, self.add_variable)
-        self._curved = frozenset(self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables)
+        curved = {self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables}
         for block in self._blocks:
             block.layer.attach(self._recorder)
-        others = [variable for variable in variables if self._var_key(variable) not in self._curved]
+        others = [variable for variable in variables if self._var_key(variable) not in curved]
         tell_of_fallback(others, all_of_them=not self._blocks)
+        if self._restore is not None:
+            with tf.init_scope():
+                self._restore()
+            self._restore = None
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Ends the recording of the forward pass that made `loss`, then scales as Keras does."""
         self._recorder.close(loss)
         return super().scale_loss(loss)
+
+    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
+        """Takes a step with `grads`, as every Keras optimizer does."""
+        check_branches(
+            self._distribution_strategy,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            ema_overwrite_frequency=self.ema_overwrite_frequency if self.use_ema else None,
+        )
+        with uninterrupted() if tf.executing_eagerly() else contextlib.nullcontext():
+            super().apply(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list) -> None:
         """Nothing here: weight decay is part of the step, which may be skipped whole; see `_backend_update_step`."""
@@ -203,6 +229,8 @@ class KPSVD(keras.optimizers.SGD):
     @tf.autograph.experimental.do_not_convert
     def _backend_update_step(self, grads: list, trainable_variables: list, learning_rate: Any) -> None:
         """Adds up the gradients of the replicas, then takes one step with what was recorded on all of them."""
+        if self._blocks:
+            check_not_xla()
         forward_pass = self._recorder.take()
         pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables, strict=True))
         reduced = [gradient for gradient, _ in pairs]
@@ -242,10 +270,11 @@ class KPSVD(keras.optimizers.SGD):
             if self.weight_decay is not None:
                 decay = super(KPSVD, self)._apply_weight_decay
                 strategy.extended.call_for_each_replica(decay, args=(variables,))
-            self._coefficients = proposal.step
             steps = dict(of_replicas)
             for layer, values in proposal.directions.items():
                 steps.update(zip(map(self._var_key, layer.curvature_variables), values, strict=True))
+            self._coefficients = proposal.step
+            self._fitted = {self._var_key(v) for layer in proposal.directions for v in layer.curvature_variables}
             pairs = [(steps[self._var_key(one)], getattr(one, "value", one)) for one in variables]
             self._distributed_tf_update_step(strategy, pairs, learning_rate)
             self._natural.taken(proposal)
@@ -283,7 +312,8 @@ class KPSVD(keras.optimizers.SGD):
         return self._natural.propose(joint, blocks, of_layers, previous, learning_rate, self._iterations.value)
 
     def _last_step(self, layers: Iterable[RecordingLayer]) -> Direction:
-        velocity = [one.value for one in self.momentums]
+        # None for variables that Keras overwrites with their gradients (scales of float8).
+        velocity = [None if one is None else one.value for one in self.momentums]
         return {
             layer: [velocity[self._get_variable_index(variable)] for variable in layer.curvature_variables]
             for layer in layers
@@ -291,7 +321,7 @@ class KPSVD(keras.optimizers.SGD):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """SGD's update; for instrumented layers under the adaptive rate the step that was fitted."""
-        if self._coefficients is None or self._var_key(variable) not in self._curved:
+        if self._coefficients is None or self._var_key(variable) not in self._fitted:
             super().update_step(gradient, variable, learning_rate)
             return
         rate, momentum = (tf.cast(value, variable.dtype) for value in self._coefficients)
@@ -303,16 +333,42 @@ class KPSVD(keras.optimizers.SGD):
         self.assign(velocity, step)
         self.assign_add(variable, step)
 
+    @property
+    def _kind(self) -> str:
+        """What the numbered variables of a saved state mean, beyond their shapes."""
+        parts = {"averages": self.use_ema, "accumulators": self.gradient_accumulation_steps}
+        return ", ".join([f"method {self.method!r}", *(name for name, there in parts.items() if there)])
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, and what it is the state of."""
+        super().save_own_variables(store)
+        store["kind"] = np.frombuffer(self._kind.encode(), np.uint8)
+
     def load_own_variables(self, store: Any) -> None:
         """Restores the state, or raises where it does not match variable for variable; live state is then left alone.
 
-        A weights file without any optimizer's state is no error.
+        A weights file without any optimizer's state, or with that of one that never made a step, is no error. An
+        optimizer that is not built yet restores, or raises, when it is; the state of another optimizer it leaves.
         """
+        before_build = 1 + isinstance(self._learning_rate, keras.Variable)  # The counter, and the rate.
+        saved = set(store.keys()) - {"kind"}
         if not store.keys():
             warnings.warn(f"The file holds no state of optimizer {self.name!r}, which stays as it is.", stacklevel=2)
             return
-        check_state(self.name, [tuple(v.shape) for v in self.variables], store)
-        super().load_own_variables(store)
+        if not self.built and len(saved) > before_build:
+            if len(saved) == len(set(store.keys())):
+                warnings.warn(f"The file holds the state of another optimizer than {self.name!r}.", stacklevel=2)
+                return
+            values = {name: np.asarray(store[name]) for name in set(store.keys())}
+            self._restore = lambda: self.load_own_variables(values)
+            return
+        variables = self.variables
+        if len(saved) == before_build and int(self._iterations.numpy()) == 0:
+            variables = variables[:before_build]
+        else:
+            check_state(self.name, self._kind, [tuple(v.shape) for v in variables], store)
+        for index, variable in enumerate(variables):
+            variable.assign(store[str(index)])
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, the seed in use included, so that a restored optimizer goes on with the same draws."""
@@ -327,6 +383,16 @@ class KPSVD(keras.optimizers.SGD):
             "fisher_batch_size indefinite seed"
         )
         return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}
+
+    @keras.optimizers.SGD.learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        """The given rate; with the adaptive one, that of variables without curvature, which must be a number."""
+        if self.adaptive and callable(learning_rate):
+            raise ValueError(
+                "`learning_rate` can only be set to a number where the optimizer was made with "
+                f"learning_rate='adaptive': make one with the schedule instead. Received: {learning_rate!r}"
+            )
+        keras.optimizers.SGD.learning_rate.fset(self, learning_rate)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> KPSVD:

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_kpsvd.arguments import under_xla
+
 # Layers that a message names before it only counts.
 SHOWN_LAYERS = 12
 
@@ -35,10 +37,20 @@ def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> N
 
 
 def run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:
-    """Calls `function` with the value of `argument` when the surrounding branch runs; what it raises ends the step."""
+    """Calls `function` with the value of `argument` when the surrounding branch runs.
+
+    A ValueError that it raises ends the step as the InvalidArgumentError that TensorFlow makes of it in graphs.
+    """
 
     def call(value: np.ndarray) -> np.bool_:
         function(value)
         return np.bool_(True)
 
+    if tf.executing_eagerly():
+        try:
+            return tf.constant(call(argument.numpy()))
+        except ValueError as error:
+            raise tf.errors.InvalidArgumentError(None, None, str(error)) from None
+    if under_xla():  # Which cannot call the host; what it would tell of happens all the same.
+        return tf.constant(True)
     return tf.numpy_function(call, [argument], tf.bool, stateful=True)

@@ -86,14 +86,17 @@ def pull_back(
         return _empirical(forward_pass, heads, sources, examples)
     if fisher == "sampled":
         return _backward(forward_pass.tape, [head.outputs for head in heads], sources, of_heads)
-    blocks = []
+    blocks, reached = [], []
     for head, each in zip(heads, of_heads, strict=True):
         gradients = tf.map_fn(
-            lambda cotangent, output=head.outputs: _backward(forward_pass.tape, [output], sources, [cotangent]),
+            lambda cotangent, output=head.outputs: _backward(
+                forward_pass.tape, [output], sources, [cotangent], reached
+            ),
             each,
             fn_output_signature=[tf.TensorSpec(source.shape, source.dtype) for source in sources],
         )
         blocks.append([(each.shape[0], gradient) for gradient in gradients])
+    _check_reached(reached)
     total = sum(block[0][0] for block in blocks)
     merged = []
     for of_source in zip(*blocks, strict=True):
@@ -269,25 +272,40 @@ def _forward(model: keras.Model, x: Any, y: Any, layers: list[RecordingLayer], r
 
 
 def _backward(
-    tape: tf.GradientTape, targets: list[tf.Tensor], sources: list[tf.Tensor], cotangents: list[tf.Tensor] | None
+    tape: tf.GradientTape,
+    targets: list[tf.Tensor],
+    sources: list[tf.Tensor],
+    cotangents: list[tf.Tensor] | None,
+    reached: list[bool] | None = None,
 ) -> list[tf.Tensor]:
-    """Gradients by `sources`, zeros where there is no path."""
+    """Gradients by `sources`, zeros where there is no path.
+
+    Whether there was one at all is added to `reached`; without that list there must be one.
+    """
     if cotangents is not None:
         cotangents = [
             tf.cast(tf.reshape(cotangent, tf.shape(target)), target.dtype)
             for cotangent, target in zip(cotangents, targets, strict=True)
         ]
     gradients = tape.gradient(targets, sources, output_gradients=cotangents)
-    if all(gradient is None for gradient in gradients):
-        raise ValueError(
-            "No output of the model depends on an instrumented layer of this forward pass: "
-            "curvature needs the output that the loss is made of."
-        )
+    found = [any(gradient is not None for gradient in gradients)]
+    if reached is None:
+        _check_reached(found)
+    else:
+        reached += found
     # Some operations between (reshapes to sizes read at run time) lose the static shape, which samples rely on.
     return [
         tf.zeros_like(source) if gradient is None else tf.ensure_shape(tf.convert_to_tensor(gradient), source.shape)
         for gradient, source in zip(gradients, sources, strict=True)
     ]
+
+
+def _check_reached(reached: list[bool]) -> None:
+    if not any(reached):
+        raise ValueError(
+            "No output of the model depends on an instrumented layer of this forward pass: "
+            "curvature needs the output that the loss is made of."
+        )
 
 
 def _empirical(

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
-from keras_kpsvd.curvature.guarded import guarded
 from keras_kpsvd.curvature.placement import on
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
@@ -106,7 +105,10 @@ class BlockCurvature:
         """
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         count = tf.convert_to_tensor(self.count)
-        return guarded(_kernels(self.options, self.shape).refresh, [batch, old, count], [*_flatten(old), count])
+        try:
+            return _kernels(self.options, self.shape).refresh(batch, old, count)
+        except tf.errors.OpError:  # As in `invert`.
+            return [*_flatten(old), count], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -132,8 +134,11 @@ class BlockCurvature:
         terms = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         second = [tf.convert_to_tensor(variable) for variable in self._second]
         old = (*self._inverse_values(), *second)
-        arguments = [terms, old, tf.convert_to_tensor(self.count) > 0, damping]
-        return guarded(_kernels(self.options, self.shape).invert, arguments, tf.nest.flatten(old))
+        try:
+            return _kernels(self.options, self.shape).invert(terms, old, tf.convert_to_tensor(self.count) > 0, damping)
+        except tf.errors.OpError:
+            # Eagerly all sorts of things can raise. In a graph a failed decomposition is NaN, or refused by the probe.
+            return tf.nest.flatten(old), tf.constant(False)
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
@@ -248,11 +253,13 @@ class _Kernels(NamedTuple):
 def _kernels(options: CurvatureOptions, shape: tuple[int, int]) -> _Kernels:
     """The two computations for blocks of one shape as graph functions, traced once however often Keras traces a step.
 
-    One pair for each shape: TensorFlow warns of functions that are traced again and again.
+    One pair for each shape: TensorFlow warns of functions that are traced again and again. Never inlined: a step calls
+    them for every layer, and optimising as many copies took a third of the first step.
     """
+    separate = {"autograph": False, "experimental_attributes": {"_noinline": True}}
     return _Kernels(
-        tf.function(functools.partial(_refresh, options), autograph=False),
-        tf.function(functools.partial(_invert, options), autograph=False),
+        tf.function(functools.partial(_refresh, options), **separate),
+        tf.function(functools.partial(_invert, options), **separate),
     )
 
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from .decompositions import eigh
 from .rearrangement import SubtractedTerm
 from .scaling import all_finite, divide_no_nan, safe_norm, unit_rows
 from .triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, fix_signs
@@ -276,7 +277,7 @@ def _jittered_cholesky(gram: tf.Tensor) -> tf.Tensor:
 
 
 def _eigen_factor(gram: tf.Tensor) -> tf.Tensor:
-    eigenvalues, vectors = tf.linalg.eigh(gram)
+    eigenvalues, vectors = eigh(gram)
     kept = tf.where(eigenvalues > _jitter(gram) * eigenvalues[-1], eigenvalues, tf.zeros_like(eigenvalues))
     return vectors * tf.sqrt(kept)
 
@@ -288,7 +289,7 @@ def _right_singular_vectors(core: tf.Tensor, k: int, dtype: tf.DType) -> tuple[t
         _, _, vectors = tf.linalg.svd(core)
         floor = tf.constant(64 * epsilon(tf.float64), tf.float64)
     else:
-        vectors = tf.reverse(tf.linalg.eigh(tf.matmul(core, core, transpose_a=True))[1], axis=[1])
+        vectors = tf.reverse(eigh(tf.matmul(core, core, transpose_a=True))[1], axis=[1])
         size = tf.cast(tf.reduce_max(tf.shape(core)), tf.float64)
         floor = 4 * tf.sqrt(10 * epsilon(tf.float64) * size)
     missing = tf.maximum(k - tf.shape(vectors)[1], 0)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from .damping import DampingRule, factor_damping
+from .decompositions import eigh
 from .scaling import as_scalar, divide_no_nan, safe_norm
 from .solve import (
     IndefiniteRule,
@@ -217,7 +218,7 @@ def _gram_factor(matrices: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
     gram = divide_no_nan(gram, norms[:, tf.newaxis] * norms)
     # eigh raises on NaN; the core turns NaN through the norms all the same.
     gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.zeros_like(gram))
-    eigenvalues, vectors = tf.linalg.eigh(gram)
+    eigenvalues, vectors = eigh(gram)
     return norms, vectors * tf.sqrt(tf.maximum(eigenvalues, 0))
 
 

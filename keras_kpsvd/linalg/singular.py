@@ -132,7 +132,8 @@ def leading_triples(
         krylov_dimension: For "lanczos"; see there.
 
     Returns:
-        `SingularTriples`. Multiplying activations or gradients by a number only scales `values`.
+        `SingularTriples`, sorted, but those of "power" with one parity stand in the order of their starts: stopped
+        early, values may be out of order. Multiplying activations or gradients by a number only scales `values`.
 
     Raises:
         ValueError: On an unknown route, `k < 1`, or "gram" with other than one position.
@@ -171,7 +172,8 @@ def leading_triples(
             triples = golub_kahan_lanczos(
                 balanced,
                 k,
-                tf.reduce_sum(starts, axis=0),
+                # Halves: in a space of one dimension (skew, two outputs) equal weights may cancel.
+                tf.add_n([0.5**index * one for index, one in enumerate(tf.unstack(starts))]),
                 tolerance=tolerance,
                 max_steps=max_steps,
                 krylov_dimension=krylov_dimension,
@@ -181,7 +183,7 @@ def leading_triples(
         reference = tf.maximum(reference, triples.values[0])
         found.append(triples)
         references.append(reference)
-    triples = largest_triples(k, found, references)
+    triples = found[0] if len(found) == 1 else largest_triples(k, found, references)
     values = unit * (unit * triples.values)
     return triples._replace(values=values, status=tf.where(finite, triples.status, NOT_FINITE))
 
@@ -224,7 +226,8 @@ def _successive_power(
         references.append(reference)
         ((left, right),) = triple.terms()
         operator = operator.deflate(left, right)
-    return largest_triples(len(found), found, references)
+    # In the order of their starts: stopped early, the first may still be the smaller, and is the positive one.
+    return largest_triples(len(found), found, references, sort=False)
 
 
 def _starts(operator: RearrangedFisher, k: int, start: tf.Tensor | None, parity: Parity) -> tf.Tensor:

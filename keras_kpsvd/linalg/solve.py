@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import tensorflow as tf
 
+from .decompositions import eigh
 from .scaling import all_finite, as_scalar
 from .triples import epsilon
 from .truncated import TruncatedInverse, truncated_inverse
@@ -53,7 +54,7 @@ def damped_cholesky(matrix: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
     eye = tf.eye(d, dtype=dtype)
     symmetric = 0.5 * (matrix + tf.transpose(matrix))
     finite = all_finite(symmetric, damping)
-    # A factorisation must neither see NaN (eigh raises on it) nor fail for a matrix that will be thrown away.
+    # A factorisation must neither see NaN nor fail for a matrix that will be thrown away.
     safe = tf.where(finite, symmetric, eye)
     damping = tf.where(finite, damping, tf.zeros_like(damping))
     plain = tf.linalg.cholesky(safe + damping * eye)
@@ -61,7 +62,7 @@ def damped_cholesky(matrix: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
     semidefinite = all_finite(plain, tf.linalg.cholesky(safe + 0.01 * damping * eye))
 
     def clipped():
-        eigenvalues, vectors = tf.linalg.eigh(safe)
+        eigenvalues, vectors = eigh(safe)
         raised = tf.maximum(eigenvalues, 0) + damping
         floor = 4 * d * epsilon(dtype) * tf.reduce_max(raised)
         raised = tf.maximum(raised, tf.where(floor > 0, floor, tf.ones_like(floor)))
@@ -288,9 +289,9 @@ def solve_skew_pair(A: tf.Tensor, G: tf.Tensor, P: tf.Tensor, Q: tf.Tensor, V: t
         factor = damped_cholesky(damped, 0.0)
         whitened = _whitened(factor, skew)
         hermitian = tf.complex(tf.zeros_like(whitened), 0.5 * (whitened - tf.transpose(whitened)))
-        eigenvalues, vectors = tf.linalg.eigh(hermitian)
+        eigenvalues, vectors = eigh(hermitian)
         vectors = tf.linalg.triangular_solve(tf.cast(factor, complex_dtype), vectors, adjoint=True)
-        return vectors, tf.math.real(eigenvalues)
+        return vectors, eigenvalues
 
     K1, s1 = basis(A, P)
     K2, s2 = basis(G, Q)
@@ -315,7 +316,7 @@ def _joint_basis(factor: tf.Tensor, matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Te
     whitened = _whitened(factor, matrix)
     whitened = 0.5 * (whitened + tf.transpose(whitened))
     finite = all_finite(whitened)
-    eigenvalues, vectors = tf.linalg.eigh(tf.where(finite, whitened, tf.zeros_like(whitened)))
+    eigenvalues, vectors = eigh(tf.where(finite, whitened, tf.zeros_like(whitened)))
     nan = tf.constant(float("nan"), factor.dtype)
     basis = tf.linalg.triangular_solve(factor, vectors, adjoint=True)
     return tf.where(finite, basis, nan), tf.where(finite, eigenvalues, nan)
@@ -352,7 +353,7 @@ def _leading_joint_basis(
         columns = tf.linalg.qr(tf.where(finite, image, tf.zeros_like(image))).q
     small = tf.matmul(columns, apply(columns), transpose_a=True)
     small = tf.where(finite, small, tf.zeros_like(small))
-    eigenvalues, vectors = tf.linalg.eigh(0.5 * (small + tf.transpose(small)))
+    eigenvalues, vectors = eigh(0.5 * (small + tf.transpose(small)))
     order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[: correction_rank(d, rank)]
     kept = tf.matmul(columns, tf.gather(vectors, order, axis=1))
     basis = root(kept, adjoint=True)

@@ -118,18 +118,21 @@ def zero_triples(count: int, d_in: int, d_out: int, dtype: tf.DType) -> Singular
     )
 
 
-def largest_triples(count: int, candidates: list[SingularTriples], references: list[tf.Tensor]) -> SingularTriples:
-    """The `count` largest of several sets of triples of one operator, sorted; worst status, sum of steps.
+def largest_triples(
+    count: int, candidates: list[SingularTriples], references: list[tf.Tensor], *, sort: bool = True
+) -> SingularTriples:
+    """The `count` largest of several sets of triples of one operator; worst status, sum of steps.
 
     Args:
         count: How many to keep.
         candidates: The sets.
         references: What each set's residuals are relative to. Those of the result are relative to the largest of these.
+        sort: By their values; else they are the first `count` in the order given.
     """
     largest = tf.reduce_max(tf.stack(references))
     residuals = [one.residuals * own for one, own in zip(candidates, references, strict=True)]
     values = tf.concat([one.values for one in candidates], axis=0)
-    order = tf.argsort(values, direction="DESCENDING", stable=True)[:count]
+    order = tf.argsort(values, direction="DESCENDING", stable=True)[:count] if sort else tf.range(count)
 
     def pick(parts):
         return tf.ensure_shape(tf.gather(tf.concat(parts, axis=0), order), [count, *parts[0].shape[1:]])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from .decompositions import eigh
 from .scaling import all_finite, as_scalar, divide_no_nan
 
 # Steps of subspace iteration from nothing and from the last basis. Averages move slowly: successive steps add up.
@@ -105,6 +106,6 @@ def leading_eigenpairs(matrix: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, 
     steps = tf.where(known, WARM_STEPS, COLD_STEPS)
     _, columns = tf.while_loop(lambda index, _: index < steps, step, (0, columns))
     small = divide_no_nan(tf.matmul(columns, tf.matmul(safe, columns), transpose_a=True), largest)
-    values, vectors = tf.linalg.eigh(0.5 * (small + tf.transpose(small)))
+    values, vectors = eigh(0.5 * (small + tf.transpose(small)))
     nan = tf.constant(float("nan"), dtype)
     return tf.where(finite, values * largest, nan), tf.where(finite, tf.matmul(columns, vectors), nan)
