@@ -271,4 +271,5 @@ history = instrumented.fit(x_train, y_train, batch_size=128, epochs=3, verbose=2
 
 # %% [markdown]
 # Further tutorials: `convolution.ipynb` (convolutions, normalisation, augmentation), `autoencoders.ipynb` (the
-# networks of the paper), `attention.ipynb`, and `fisher.ipynb`, which looks at the approximations themselves.
+# networks of the paper), `attention.ipynb`, `fisher.ipynb`, which looks at the approximations themselves, and
+# `several_devices.ipynb` (several GPUs or machines).

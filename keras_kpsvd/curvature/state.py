@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
@@ -331,7 +332,7 @@ def _flatten(pairs: Any) -> list:
 
 
 def _probe(size: int, dtype: tf.DType) -> tf.Tensor:
-    return tf.cast(tf.cos(tf.range(size, dtype=tf.float32) * 2.4), dtype)[:, None]
+    return tf.constant(np.cos(2.4 * np.arange(size))[:, None], dtype)
 
 
 def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:

@@ -105,4 +105,19 @@ def _says_what_the_classifiers_did(comparison, said):
     assert all(numbers["first epoch (s)"] > numbers["later epochs (s)"] > 0 for numbers in comparison.values())
 
 
-CLAIMS = {"quickstart": _says_what_the_classifiers_did, "convolution": _says_what_the_classifiers_did}
+def _says_that_devices_and_processes_agree(comparison, said):
+    """Copies are the same to the last bit, losses those of one device or process but for rounding."""
+    last = {name: numbers["training loss"] for name, numbers in comparison.items()}
+    assert last["two devices"] == pytest.approx(last["one device"], rel=1e-4)
+    assert last["worker 0"] == last["worker 1"] == pytest.approx(last["one process"], rel=1e-4)
+    assert last["two devices"] < 0.3 and last["worker 0"] < 0.3
+    assert "on the two devices, weights and all of the optimizer's state: 0 of" in said
+    assert "in the two processes, losses, weights and all of the optimizer's state: 0 of" in said
+    assert "`gradient_accumulation_steps` does not work on several devices" in said
+
+
+CLAIMS = {
+    "quickstart": _says_what_the_classifiers_did,
+    "convolution": _says_what_the_classifiers_did,
+    "several_devices": _says_that_devices_and_processes_agree,
+}

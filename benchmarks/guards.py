@@ -1,0 +1,526 @@
+"""What the guards of a step cost: the step of `KPSVD` against the same step without them, as ratios within one run.
+
+    python benchmarks/guards.py [--rounds 7] [--steps 10] [--quick] [--out benchmarks/results/guards.csv]
+
+A guard is what a step does only in case numbers are not finite or a decomposition fails; `GUARDS` lists them. Each is
+taken out by replacing names of the package's modules while a step is traced, so that its operations never enter the
+graph; the arithmetic that is left is the same, which is checked: the weights agree with the stock step's to rounding
+(to the last bit where `tf.linalg.eigh` does not stand for LAPACK's), and exact fits are made in the same steps.
+
+All steps of one network start every timed block from the same weights and the same state of the optimizer, on one batch
+of random data, past the first updates in which every fit is exact. A block is a whole number of periods of refresh and
+inversion. "stock again" is the stock step once more: what its ratio is off 1 by is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import functools
+import itertools
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from problems import PROBLEMS
+from runs import cores
+
+from keras_kpsvd import KPSVD
+from keras_kpsvd import optimizer as optimizer_module
+from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
+from keras_kpsvd.curvature.extrapolation import EXACT_UPDATES
+from keras_kpsvd.curvature.failures import Failures
+from keras_kpsvd.linalg import gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
+
+RESULTS = Path(__file__).parent / "results" / "guards.csv"
+STOCK, AGAIN, ALL = "stock", "stock again", "all"
+PERIOD = 10  # updates between refreshes and between inversions, by default
+# Weights agree after so many steps, the first with a refresh and an inversion, to this part of how far they moved. In
+# each further step rounding grows tenfold: training is a chaotic map.
+AGREEING_STEPS, TOLERANCE = 2, 1e-3
+
+# A module, or a class; a name in it; what stands there while a step is traced.
+Replacement = tuple[Any, str, Any]
+
+
+class Folding:
+    """TensorFlow, but what depends on an answer known while tracing (a NumPy boolean) is decided there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tf, name)
+
+    @staticmethod
+    def where(condition: Any, *values: Any, **options: Any) -> Any:
+        """`tf.where`, or one of the values."""
+        if isinstance(condition, np.bool_):
+            return values[0] if condition else values[1]
+        return tf.where(condition, *values, **options)
+
+    @staticmethod
+    def cond(condition: Any, true_fn: Callable, false_fn: Callable) -> Any:
+        """`tf.cond`, or what one of the branches returns."""
+        if isinstance(condition, np.bool_):
+            return true_fn() if condition else false_fn()
+        return tf.cond(condition, true_fn, false_fn)
+
+    @staticmethod
+    def stack(values: Any, *arguments: Any, **options: Any) -> Any:
+        """`tf.stack`, or a NumPy array."""
+        if isinstance(values, list) and values and all(isinstance(value, np.bool_) for value in values):
+            return np.array(values)
+        return tf.stack(values, *arguments, **options)
+
+    @staticmethod
+    def reduce_all(values: Any, *arguments: Any, **options: Any) -> Any:
+        """`tf.reduce_all`, or a NumPy boolean."""
+        if isinstance(values, np.bool_ | np.ndarray):
+            return np.all(values)
+        return tf.reduce_all(values, *arguments, **options)
+
+
+class Trusting(Folding):
+    """The same, and every number is taken to be finite."""
+
+    def __init__(self):
+        self.math = _TrustingMath()
+
+
+class _TrustingMath:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tf.math, name)
+
+    is_finite = staticmethod(lambda values: np.True_)
+
+
+def passes(*_: Any) -> np.bool_:
+    """Stands for a check: it holds, which is known while tracing."""
+    return np.True_
+
+
+def ignored(*_: Any) -> None:
+    """Stands for what is done for its effect alone."""
+
+
+def trusting(*modules: Any) -> list[Replacement]:
+    """All checks for finite numbers in `modules`."""
+    checks = [(module, "all_finite", passes) for module in modules if hasattr(module, "all_finite")]
+    return [*checks, *((module, "tf", Trusting()) for module in modules)]
+
+
+def assign(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
+    """`assign_last` without its order."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _while_tracing(kernel: Callable, replacements: list[Replacement]) -> Callable:
+    """`kernel` with what it finds in its own module replaced: two kernels there have guards of their own."""
+
+    def traced(*arguments: Any) -> Any:
+        with _replaced(replacements):
+            return kernel(*arguments)
+
+    return traced
+
+
+def _inverting(options: Any, terms: Any, old: Any, known: Any, damping: Any) -> Any:
+    return _STOCK_INVERT(options, terms, old, np.True_, damping)
+
+
+_STOCK_INVERT = state._invert
+_LINALG = (gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated)
+
+# Name and what it is, then what takes it out.
+GUARDS: dict[str, tuple[str, list[Replacement]]] = {
+    "gradient": (
+        "the gradient is finite, else the step is skipped",
+        [(optimizer_module, "_is_finite", passes), (optimizer_module, "tf", Folding())],
+    ),
+    "step": (
+        "the preconditioned gradient and its length are finite, else the step is skipped",
+        [*trusting(natural_gradient), (optimizer_module, "tf", Folding())],
+    ),
+    "factors": (
+        "samples and new factors are finite, else the old ones stay",
+        [
+            *trusting(reduction),
+            (state, "_refresh", _while_tracing(state._refresh, trusting(state))),
+        ],
+    ),
+    "probes": (
+        "new preconditioners are finite and reproduce a probe vector, else the old ones stay",
+        [
+            (
+                state,
+                "_invert",
+                _while_tracing(
+                    _inverting,
+                    [*trusting(state), (state, "_inverts", passes), (state, "_orthonormalises", passes)],
+                ),
+            ),
+        ],
+    ),
+    "linear algebra": (
+        "what decompositions get is finite, and factors are not indefinite",
+        trusting(*_LINALG, averaging),
+    ),
+    "eigh": (
+        "eigendecompositions that fail are caught, in Python",
+        [(module, "eigh", tf.linalg.eigh) for module in _LINALG if hasattr(module, "eigh")],
+    ),
+    "counters": (
+        "failures in a row are counted and told",
+        [(Failures, name, ignored) for name in ("no_step_skipped", "of_refresh", "of_inversion")],
+    ),
+    "order": (
+        "nothing is assigned before everything is computed",
+        [(module, "assign_last", assign) for module in (state, natural_gradient)],
+    ),
+}
+
+
+@contextlib.contextmanager
+def _replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in replacements:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+@contextlib.contextmanager
+def without(names: Iterable[str]) -> Iterator[None]:
+    """Steps that are traced within have none of the guards `names`; steps traced before or after have all of them."""
+    with _replaced(replacement for name in names for replacement in GUARDS[name][1]):
+        state._kernels.cache_clear()  # They would be shared with steps that have other guards.
+        try:
+            yield
+        finally:
+            state._kernels.cache_clear()
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained, and by which method.
+
+    Attributes:
+        name: in the table.
+        build: the uncompiled model, the same weights each time.
+        loss: Keras's name.
+        batch: examples.
+        classes: of integer targets; None where the inputs themselves are the targets.
+        method: of `KPSVD`.
+        alone: each guard is taken out alone too.
+    """
+
+    name: str
+    build: Callable[[], keras.Model]
+    loss: str
+    batch: int
+    classes: int | None
+    method: str
+    alone: bool
+
+    def cases(self) -> dict[str, tuple[str, ...]]:
+        """The guards taken out in each case, by its name."""
+        alone = {name: (name,) for name in GUARDS} if self.alone else {}
+        return {STOCK: (), AGAIN: (), ALL: tuple(GUARDS), **alone}
+
+
+def network(problem: str, batch: int, method: str, *, alone: bool) -> Network:
+    """The network of one of `problems.PROBLEMS`."""
+    one = PROBLEMS[problem]
+    classes = 10 if one.loss.startswith("sparse") else None
+    return Network(problem, functools.partial(one.build, 0), one.loss, batch, classes, method, alone)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a block of steps does.
+
+    Attributes:
+        weights: after `AGREEING_STEPS`.
+        exact_fits: of each step, whether it made one.
+    """
+
+    weights: list[np.ndarray]
+    exact_fits: list[bool]
+
+
+class Trainer:
+    """A model, its optimizer and its traced step.
+
+    Args:
+        of: the network.
+        removed: guards that the step does not have.
+
+    Attributes:
+        first_seconds: of tracing and of the first step, which TensorFlow spends on optimising the graph.
+    """
+
+    def __init__(self, of: Network, removed: Iterable[str]):
+        with without(removed):
+            self.model = of.build()
+            self.optimizer = KPSVD(method=of.method, seed=0)
+            self.model.compile(optimizer=self.optimizer, loss=of.loss)
+            self.optimizer.build(self.model.trainable_variables)
+            rng = np.random.default_rng(0)
+            x = rng.random((of.batch, *self.model.input_shape[1:]), np.float32)
+            y = x if of.classes is None else rng.integers(of.classes, size=of.batch)
+            self.batch = tf.constant(x), tf.constant(y)
+            step = tf.function(lambda x, y: self.model.train_step((x, y)), autograph=False)
+            began = time.perf_counter()
+            self.step = step.get_concrete_function(*self.batch)
+        self.variables = [*self.model.trainable_variables, *self.model.non_trainable_variables]
+        self.variables += self.optimizer.variables
+        self.run(1)
+        self.first_seconds = time.perf_counter() - began
+
+    def state(self) -> list[tf.Tensor]:
+        """All weights and all of the optimizer's state."""
+        return [tf.identity(variable.value) for variable in self.variables]
+
+    def restore(self, values: list[tf.Tensor]) -> None:
+        """The inverse of `state`, of any trainer of the same network."""
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
+    def weights(self) -> list[np.ndarray]:
+        """Of the model."""
+        return [variable.numpy() for variable in self.model.trainable_variables]
+
+    def run(self, steps: int) -> float:
+        """Takes steps on the one batch; the last loss, which a device that runs ahead has to be waited for."""
+        for _ in range(steps):
+            logs = self.step(*self.batch)
+        return float(logs["loss"])
+
+    def observe(self, start: list[tf.Tensor], steps: int) -> Observation:
+        """What a block from the state `start` does; also what makes later blocks warm ones."""
+        self.restore(start)
+        next_fit = self.optimizer._natural._next_fit
+        due, weights = [int(next_fit.numpy())], []
+        for number in range(1, steps + 1):
+            self.run(1)
+            due.append(int(next_fit.numpy()))
+            if number == AGREEING_STEPS:
+                weights = self.weights()
+        return Observation(weights, [one != other for one, other in itertools.pairwise(due)])
+
+    def operations(self) -> Counter[str]:
+        """How many operations of each type the step is made of, in all of its branches and functions."""
+        definition = self.step.graph.as_graph_def()
+        nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+        return Counter(node.op for node in nodes)
+
+
+def train_past_exact_updates(trainer: Trainer, steps: int) -> list[tf.Tensor]:
+    """The state from which blocks start: after a few steps, at an update from which on most fits are extrapolated."""
+    trainer.optimizer._natural.updates.assign(EXACT_UPDATES)
+    trainer.run(steps)
+    return trainer.state()
+
+
+def difference(weights: list[np.ndarray], stock: list[np.ndarray], start: list[np.ndarray]) -> float:
+    """How far weights are off the stock step's, relative to how far that has moved them, of the worst variable."""
+    parts = [
+        np.linalg.norm(one - other) / max(np.linalg.norm(other - before), np.finfo(np.float32).eps)
+        for one, other, before in zip(weights, stock, start, strict=True)
+    ]
+    return float(max(parts))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        step_ms: median over rounds of the mean step of a block.
+        ratio: of the stock step's seconds to this one's in the same round, the median over rounds; above 1 the guards
+            cost time.
+        ratio_low, ratio_high: the least and the largest of the rounds.
+        ratio_of_best: of the fastest rounds of either.
+        difference: see the function.
+        operations: of the step.
+        first_seconds: of tracing and the first step.
+        exact_fits: steps of a block that made one.
+    """
+
+    network: str
+    method: str
+    batch: int
+    without: str
+    step_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    ratio_of_best: float
+    difference: float
+    operations: int
+    first_seconds: float
+    exact_fits: int
+    rounds: int
+    steps: int
+    device: str
+    versions: str
+
+
+def compare(of: Network, rounds: int, steps: int) -> list[Row]:
+    """Times all cases of one network.
+
+    Raises:
+        RuntimeError: weights do not agree, so that the steps did not do the same.
+    """
+    trainers = {name: Trainer(of, removed) for name, removed in of.cases().items()}
+    start = train_past_exact_updates(trainers[STOCK], 2 * PERIOD)
+    before = trainers[STOCK].weights()
+    observed = {name: trainer.observe(start, steps) for name, trainer in trainers.items()}
+    stock = observed[STOCK]
+    differences = {name: difference(one.weights, stock.weights, before) for name, one in observed.items()}
+    for name, one in observed.items():
+        check_agreement(f"{of.name}, {of.method}, {name!r}", differences[name], one.exact_fits, stock.exact_fits)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for number in range(rounds):
+        # Each round starts elsewhere: what follows what must not matter.
+        names = list(trainers)[number % len(trainers) :] + list(trainers)[: number % len(trainers)]
+        for name in names:
+            trainers[name].restore(start)
+            began = time.perf_counter()
+            trainers[name].run(steps)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return [
+        row(of, name, trainer, observed[name], differences[name], seconds[STOCK], seconds[name])
+        for name, trainer in trainers.items()
+    ]
+
+
+def check_agreement(case: str, off: float, exact_fits: list[bool], stock_fits: list[bool]) -> None:
+    """Raises a RuntimeError where a case did not do what the stock step does."""
+    if not off <= TOLERANCE:
+        raise RuntimeError(
+            f"{case}: the weights are off by {off:.1e} of how far {AGREEING_STEPS} stock steps moved them. Expected at "
+            f"most {TOLERANCE}: the same arithmetic."
+        )
+    if exact_fits != stock_fits:
+        raise RuntimeError(
+            f"{case}: {sum(exact_fits)} steps with exact fits are not the stock's {sum(stock_fits)}. They take longer, "
+            "so that times cannot be compared."
+        )
+
+
+def row(
+    of: Network,
+    name: str,
+    trainer: Trainer,
+    observed: Observation,
+    off: float,
+    stock: list[float],
+    seconds: list[float],
+) -> Row:
+    """The line of one case, from the seconds of a step in each round."""
+    ratios = [one / other for one, other in zip(stock, seconds, strict=True)]
+    return Row(
+        of.name,
+        of.method,
+        of.batch,
+        name,
+        1e3 * median(seconds),
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        min(stock) / min(seconds),
+        off,
+        trainer.operations().total(),
+        trainer.first_seconds,
+        sum(observed.exact_fits),
+        len(ratios),
+        len(observed.exact_fits),
+        device(),
+        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}",
+    )
+
+
+def device() -> str:
+    """What steps run on."""
+    gpus = tf.config.list_physical_devices("GPU")
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else None
+    return name or f"CPU, {cores()} cores, {platform.machine()}"
+
+
+_HEAD = ("case", "ms a step", "ratio", "of rounds", "of best", "weights off by", "operations", "first step s")
+_LINE = "  {:16s}{:>10s}{:>8s}{:>16s}{:>9s}{:>16s}{:>12s}{:>14s}"
+
+
+def table(rows: list[Row]) -> str:
+    """The lines of one network as text."""
+    first = rows[0]
+    title = f"{first.network}, {first.method}, batch {first.batch}: {first.rounds} rounds of {first.steps} steps"
+    title += f", {first.exact_fits} of them fitted exactly"
+    lines = [title, _LINE.format(*_HEAD)]
+    for one in rows:
+        ratios = f"{one.ratio:.3f}", f"{one.ratio_low:.3f} … {one.ratio_high:.3f}", f"{one.ratio_of_best:.3f}"
+        others = f"{one.difference:.1e}", str(one.operations), f"{one.first_seconds:.1f}"
+        lines.append(_LINE.format(one.without, f"{one.step_ms:.2f}", *ratios, *others))
+    return "\n".join(lines)
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """All lines as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for one in rows:
+            values = asdict(one).items()
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values})
+
+
+def networks(*, quick: bool) -> list[Network]:
+    """What is timed: each guard alone on one network only, since tracing takes long; a quick run has the quick ones."""
+    if quick:
+        return [network("curves", 256, "kfac", alone=False), network("conv", 64, "kfac", alone=False)]
+    return [
+        network("mnist", 512, "kfac", alone=False),
+        network("mnist", 512, "kfac_corrected", alone=False),
+        network("curves", 256, "kfac", alone=True),
+        network("curves", 256, "kfac_corrected", alone=False),
+        network("conv", 64, "kfac", alone=False),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, help="timed blocks of each case (default: 7, quick 5)")
+    parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a block, a multiple of {PERIOD}")
+    parser.add_argument("--quick", action="store_true", help="two small networks, and no guard alone")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    rounds = options.rounds or (5 if options.quick else 7)
+    if rounds < 1 or options.steps < 1 or options.steps % PERIOD:
+        parser.error(f"--rounds must be positive, and --steps a multiple of {PERIOD}")
+    print("\n".join(f"{name}: {meaning}" for name, (meaning, _) in GUARDS.items()))
+    rows: list[Row] = []
+    for one in networks(quick=options.quick):
+        keras.backend.clear_session()
+        made = compare(one, rounds, options.steps)
+        print(f"\n{table(made)}", flush=True)
+        rows += made
+        write(rows, options.out)
+    print(f"\n{rows[0].device}; {rows[0].versions}\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
