@@ -84,7 +84,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("defaults", "kfac_corrected, empirical", "replicas meet in the forward pass")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in SHORT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_losses_and_weights_are_those_of_one_device_and_replicas_agree(strategy, case):
     build, options = CASES[case]
     x, y = problem(rows=40, dtype="float32")

@@ -157,6 +157,25 @@ def test_a_thousand_abandoned_passes_leave_nothing_and_do_not_poison_the_next_st
     assert "compute_loss" not in model.__dict__
 
 
+def test_a_thousand_abandoned_passes_in_a_graph_leave_nothing(expected):
+    """Their tensors stay with the graph that was traced once."""
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **PLAIN))
+
+    @tf.function
+    def abandon(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x, training=True))
+        return tape.gradient(loss, model.trainable_variables[0].value)
+
+    other = tf.constant(5 * _data(seed=9)[0])
+    abandon(other)
+    (objects, tensors, _, _), tapes = _growth(lambda: abandon(other), 1000)
+    assert objects < 100 and tensors <= 2 and tapes <= 1
+    for seed in (0, 1):
+        model.train_on_batch(*_data(seed=seed))
+    assert_same(state(model), expected)
+
+
 def test_ordinary_steps_leave_nothing():
     model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **PLAIN))
     batch = _data()

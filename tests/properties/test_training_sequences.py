@@ -211,7 +211,7 @@ class _Session:
             assert np.isfinite(variable.numpy()).all(), variable.path
         if name in ("evaluate", "predict", "save", "abandoned", "spoilt"):
             for variable, old in zip(self.variables(), before, strict=True):
-                if not (name == "spoilt" and variable is self.model.optimizer.iterations):
+                if name != "spoilt" or variable.name not in ("iteration", "skipped_steps"):
                     np.testing.assert_array_equal(variable.numpy(), old, err_msg=variable.path)
         elif name != "freeze":
             for one, other in zip(self.frozen(), frozen, strict=True):
@@ -231,6 +231,7 @@ def test_whatever_is_done_in_whatever_order_all_variables_stay_finite(actions, *
         tf.config.run_functions_eagerly(False)
 
 
+@pytest.mark.slow
 @settings(max_examples=2, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite_in_graphs(actions, **case):
