@@ -53,14 +53,19 @@ def check_count(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
 
 
-def check_strategy(strategy: tf.distribute.Strategy) -> None:
-    """A `tf.distribute` strategy under which steps are possible."""
+def check_strategy(strategy: tf.distribute.Strategy, *, seeded: bool) -> None:
+    """A `tf.distribute` strategy under which steps are possible; on several processes only with a given seed."""
     replicas = strategy.num_replicas_in_sync
     known = tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy
     if replicas > 1 and not isinstance(strategy, known):
         raise ValueError(
             "KPSVD trains on several devices under tf.distribute.MirroredStrategy and MultiWorkerMirroredStrategy, "
             f"which keep every variable on every device. Received: {type(strategy).__name__} with {replicas} replicas"
+        )
+    if replicas > 1 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and not seeded:
+        raise ValueError(
+            "`seed` must be an integer, the same in every process, under MultiWorkerMirroredStrategy: each would draw "
+            "its own. Received: seed=None"
         )
 
 
@@ -89,29 +94,6 @@ def check_not_xla() -> None:
             "KPSVD steps of instrumented layers cannot be compiled by XLA, which has no fast decompositions: leave out "
             "`jit_compile` or set it to False. Received: jit_compile=True"
         )
-
-
-def check_state(optimizer: str, kind: str, expected: list[tuple[int, ...]], store: Any) -> None:
-    """A saved state of the same kind, whose variables, numbered in order, have the expected shapes."""
-    keys = set(store.keys())
-    saved = bytes(store["kind"]).decode() if "kind" in keys else kind
-    if saved != kind:
-        raise ValueError(
-            f"The saved state does not belong to optimizer {optimizer!r}: expected that of {kind}, received that of "
-            f"{saved}. The optimizer's state is unchanged."
-        )
-    received = [tuple(store[key].shape) for key in sorted(keys - {"kind"}, key=int)]
-    if expected == received:
-        return
-    differing = next(
-        (i for i, (one, other) in enumerate(zip(expected, received, strict=False)) if one != other),
-        min(len(expected), len(received)),
-    )
-    raise ValueError(
-        f"The saved state does not belong to optimizer {optimizer!r}: expected {len(expected)} variables, received "
-        f"{len(received)}, and the shapes differ at number {differing} first. Build it on the same model with the same "
-        "method and options, or load the weights before `compile`. The optimizer's state is unchanged."
-    )
 
 
 def resolve_seed(seed: int | None) -> int:

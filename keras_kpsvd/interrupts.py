@@ -7,16 +7,19 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import tensorflow as tf
+
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Puts off SIGINT until the end of the block, then hands it to whoever handled it before.
 
     An eager step is many operations, and Python raises KeyboardInterrupt between any two of them. Graphs run whole.
-    Only the main thread receives signals; elsewhere, and where no Python function handles SIGINT, nothing is done.
+    Only the main thread receives signals; elsewhere, in graphs, and where no Python function handles SIGINT, nothing is
+    done.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if not tf.executing_eagerly() or threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     received = []

@@ -201,7 +201,9 @@ def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: 
         )
         scores = tf.reshape(sampled_cotangent(repeated, seed), tf.concat([[draws], tf.shape(outputs)], 0))
         axes = list(range(2, scores.shape.rank))
-        images = [tf.reduce_sum(_weighted(head, scores, batch_axis=1) * tangent, axis=axes) for tangent in stacked]
+        images = [
+            tf.reduce_sum(_weighted(head, scores, batch_axis=1) * tangent, axis=axes) for tangent in tf.unstack(stacked)
+        ]
         flat = tf.stack([tf.reshape(image, [-1]) for image in images])
         return tf.cast(tf.matmul(flat, flat, transpose_b=True) / tf.cast(tf.shape(flat)[1], flat.dtype), tf.float32)
     stacked = _weighted(head, stacked, batch_axis=1)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
@@ -22,7 +19,6 @@ from keras_kpsvd.arguments import (
     check_not_xla,
     check_positive,
     check_rate,
-    check_state,
     check_strategy,
     is_number,
     resolve_seed,
@@ -37,6 +33,7 @@ from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback
+from keras_kpsvd.saved_state import SavedState
 
 PLAIN_RATE = 0.01
 
@@ -178,18 +175,19 @@ class KPSVD(keras.optimizers.SGD):
         self.likelihood = likelihood
         self.fisher_batch_size = fisher_batch_size
         self.indefinite = indefinite
+        self._seeded = seed is not None
         self.seed = resolve_seed(seed)
         self._recorder = Recorder(keep_loss=fisher == "empirical", persistent=adaptive or fisher == "exact")
         self._blocks: tuple[LayerCurvature, ...] = ()
         self._fitted: frozenset = frozenset()
         self._coefficients: StepCoefficients | None = None
-        self._restore: Callable | None = None
+        self._saved: SavedState | None = None
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
         if self.built:
             return
-        check_strategy(self._distribution_strategy)
+        check_strategy(self._distribution_strategy, seeded=self._seeded)
         super().build(variables)
         if (self.adaptive or self.damping == "adaptive") and not self.momentums:
             self.momentums = self.add_optimizer_variables(variables, "momentum")
@@ -202,10 +200,8 @@ class KPSVD(keras.optimizers.SGD):
             block.layer.attach(self._recorder)
         others = [variable for variable in variables if self._var_key(variable) not in curved]
         tell_of_fallback(others, all_of_them=not self._blocks)
-        if self._restore is not None:
-            with tf.init_scope():
-                self._restore()
-            self._restore = None
+        with tf.init_scope():
+            self._saved_state.restore_waiting(self.variables)
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Ends the recording of the forward pass that made `loss`, then scales as Keras does."""
@@ -219,7 +215,9 @@ class KPSVD(keras.optimizers.SGD):
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             ema_overwrite_frequency=self.ema_overwrite_frequency if self.use_ema else None,
         )
-        with uninterrupted() if tf.executing_eagerly() else contextlib.nullcontext():
+        if self.built:  # Refused again, if it was when it was built.
+            self._saved_state.restore_waiting(self.variables)
+        with uninterrupted():
             super().apply(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list) -> None:
@@ -273,10 +271,13 @@ class KPSVD(keras.optimizers.SGD):
             steps = dict(of_replicas)
             for layer, values in proposal.directions.items():
                 steps.update(zip(map(self._var_key, layer.curvature_variables), values, strict=True))
-            self._coefficients = proposal.step
-            self._fitted = {self._var_key(v) for layer in proposal.directions for v in layer.curvature_variables}
+            fitted = {self._var_key(v) for layer in proposal.directions for v in layer.curvature_variables}
             pairs = [(steps[self._var_key(one)], getattr(one, "value", one)) for one in variables]
-            self._distributed_tf_update_step(strategy, pairs, learning_rate)
+            self._coefficients, self._fitted = proposal.step, fitted
+            try:
+                self._distributed_tf_update_step(strategy, pairs, learning_rate)
+            finally:
+                self._coefficients, self._fitted = None, frozenset()
             self._natural.taken(proposal)
             return tf.constant(True)
 
@@ -284,7 +285,8 @@ class KPSVD(keras.optimizers.SGD):
             names = [variable.path.rpartition("/")[0] or variable.path for variable in variables]
             return failures.of_step("the gradient", names, finite, ", and curvature,")
 
-        tf.cond(tf.reduce_all(tf.stack(finite)), attempt, skip)
+        with uninterrupted():  # Of several replicas this is the main thread, and `apply` is not.
+            tf.cond(tf.reduce_all(tf.stack(finite)), attempt, skip)
 
     def _join(
         self, strategy: tf.distribute.Strategy, passes: Sequence[ForwardPass | None], first: int
@@ -339,36 +341,24 @@ class KPSVD(keras.optimizers.SGD):
         parts = {"averages": self.use_ema, "accumulators": self.gradient_accumulation_steps}
         return ", ".join([f"method {self.method!r}", *(name for name, there in parts.items() if there)])
 
+    @property
+    def _saved_state(self) -> SavedState:
+        if self._saved is None:
+            self._saved = SavedState(self.name, self._kind)
+        self._saved.early = [one for one in (self._iterations, self._learning_rate) if isinstance(one, keras.Variable)]
+        return self._saved
+
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, and what it is the state of."""
-        super().save_own_variables(store)
-        store["kind"] = np.frombuffer(self._kind.encode(), np.uint8)
+        self._saved_state.save(self.variables, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Restores the state, or raises where it does not match variable for variable; live state is then left alone.
 
         A weights file without any optimizer's state, or with that of one that never made a step, is no error. An
-        optimizer that is not built yet restores, or raises, when it is; the state of another optimizer it leaves.
+        optimizer that is not built yet restores when it is; the state of another optimizer it leaves.
         """
-        before_build = 1 + isinstance(self._learning_rate, keras.Variable)  # The counter, and the rate.
-        saved = set(store.keys()) - {"kind"}
-        if not store.keys():
-            warnings.warn(f"The file holds no state of optimizer {self.name!r}, which stays as it is.", stacklevel=2)
-            return
-        if not self.built and len(saved) > before_build:
-            if len(saved) == len(set(store.keys())):
-                warnings.warn(f"The file holds the state of another optimizer than {self.name!r}.", stacklevel=2)
-                return
-            values = {name: np.asarray(store[name]) for name in set(store.keys())}
-            self._restore = lambda: self.load_own_variables(values)
-            return
-        variables = self.variables
-        if len(saved) == before_build and int(self._iterations.numpy()) == 0:
-            variables = variables[:before_build]
-        else:
-            check_state(self.name, self._kind, [tuple(v.shape) for v in variables], store)
-        for index, variable in enumerate(variables):
-            variable.assign(store[str(index)])
+        self._saved_state.load(self.variables, store, built=self.built)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, the seed in use included, so that a restored optimizer goes on with the same draws."""
@@ -404,4 +394,5 @@ class KPSVD(keras.optimizers.SGD):
 
 
 def _is_finite(gradient: Any) -> tf.Tensor:
-    return tf.reduce_all(tf.math.is_finite(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient))
+    """Whether the sum is: it costs half of looking at every entry, and a sum that overflows leads to no good step."""
+    return tf.math.is_finite(tf.reduce_sum(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient))

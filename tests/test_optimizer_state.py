@@ -209,6 +209,14 @@ def test_a_callable_likelihood_and_a_schedule_survive_the_round_trip(tmp_path):
     assert keras.models.load_model(tmp_path / "m.keras").optimizer.likelihood is unit_normal
 
 
+def test_a_callable_likelihood_trains_in_graphs():
+    x, y = _data(rows=32)
+    model = tanh_network(dtype="float32")
+    model.compile(KPSVD(likelihood=unit_normal, seed=0), "mse")
+    losses = model.fit(x, y, batch_size=16, epochs=15, verbose=0).history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_making_an_optimizer_moves_nobodys_random_numbers():
     keras.utils.set_random_seed(4)
     before = random.getstate(), np.random.get_state()[1].tolist()

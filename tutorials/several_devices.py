@@ -302,7 +302,7 @@ with strategy.scope():
             keras_kpsvd.KPSVDDense(10, name="logits"),
         ]
     )
-    optimizer = keras_kpsvd.KPSVD(likelihood="categorical")
+    optimizer = keras_kpsvd.KPSVD(likelihood="categorical", seed=0)
     optimizer.build(model.trainable_variables)
     loss_of_rows = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 

@@ -104,6 +104,10 @@ class NaturalGradient:
         """Whether the last step has to be known."""
         return self.options.adaptive or self._moves
 
+    def _current_damping(self) -> tf.Tensor:
+        """λ; a given number whatever a file brought."""
+        return tf.convert_to_tensor(self._damping.value if self._moves else self.options.damping, tf.float32)
+
     def propose(
         self,
         joint: JointPass | None,
@@ -168,7 +172,7 @@ class NaturalGradient:
     ) -> tuple[StepCoefficients, tf.Tensor, KeptModel, tf.Tensor]:
         """Of `next_step`, and the update at which the next exact fit is due."""
         kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
-        damping, updates = tf.convert_to_tensor(self._damping.value), tf.convert_to_tensor(self.updates.value)
+        damping, updates = self._current_damping(), tf.convert_to_tensor(self.updates.value)
         counts = (updates, self._next_fit.value, rebuilt, joint.rows)
         due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
         exact = functools.partial(quadratic_model, joint, directions, damping, seed)
@@ -201,7 +205,7 @@ class NaturalGradient:
         """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
 
         def invert() -> tf.Tensor:
-            good = invert_layers(blocks, tf.convert_to_tensor(self._damping.value), places)
+            good = invert_layers(blocks, self._current_damping(), places)
             self._next_inverse.assign(self.updates.value + self.options.inverse_interval)
             self.failures.of_inversion([self._place[block] for block in blocks], good)
             return tf.constant(True)

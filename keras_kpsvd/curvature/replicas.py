@@ -75,8 +75,8 @@ class JointPass:
 
     @property
     def rows(self) -> tf.Tensor:
-        """Examples of the passes at hand, int32 scalar."""
-        return tf.add_n([tf.shape(heads[0].outputs)[0] for heads in self._heads])
+        """Examples of all replicas, int32 scalar: what depends on it is the same in every process."""
+        return tf.shape(self._heads[0][0].outputs)[0] if self._alone else tf.reduce_sum(self._counts())
 
     def _at(self, index: int, function: Callable, *arguments):
         """What `function` returns, computed on the device of a pass."""
@@ -152,11 +152,12 @@ class JointPass:
         repeats = likelihoods.draws_per_example(heads) if fisher == "exact" else 1
         axis = 1 if fisher == "exact" else 0
         of_heads = [self._split(one, axis, index) for index, one in enumerate(cotangents(heads, fisher, seed))]
-        examples = tf.reduce_sum(self._counts())
-        parts = []
+        counts, parts = self._counts(), []
         for index, (one, own) in enumerate(zip(self.passes, self._heads, strict=True)):
+            # What a loss is a mean over: Keras's own is a mean over the replica's part, and those are averaged.
+            mean_over = tf.reduce_sum(counts) if one.batch is None else counts[self._numbers[index]] * tf.size(counts)
             with on(self.devices[index]):
-                parts.append(pull_back(one, own, [split[index] for split in of_heads], fisher, examples))
+                parts.append(pull_back(one, own, [split[index] for split in of_heads], fisher, mean_over))
         records = self.passes[0].records
         places = [devices.get(record.layer) for record in records]
         inputs = self._joined(

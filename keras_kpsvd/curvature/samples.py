@@ -79,7 +79,8 @@ def pull_back(
 ) -> list[tf.Tensor]:
     """The gradients of `preactivation_gradients` for given `cotangents`.
 
-    `examples` is the number that the loss is a mean over where this pass is one of several whose losses add up to it.
+    `examples` is the number that the recorded loss is a mean over, where this pass is one of several; without it, that
+    of its own examples.
     """
     sources = [record.preactivation for record in forward_pass.records]
     if fisher == "empirical":

@@ -96,6 +96,10 @@ def encloses(outer: tf.Graph | None, graph: tf.Graph | None) -> bool:
     return graph is outer
 
 
+# Hooks are put on and taken off by several threads.
+_HOOKING = threading.RLock()
+
+
 class _Waiting(NamedTuple):
     forward_pass: ForwardPass
     keep_loss: bool
@@ -119,13 +123,14 @@ class _ComputeLossHook:
 
     def forget(self, forward_pass: ForwardPass) -> None:
         """Lets one pass wait no longer; the last one takes the hook off."""
-        self.waiting = [one for one in self.waiting if one.forward_pass is not forward_pass]
-        if self.waiting or self.model.__dict__.get("compute_loss") is not self:
-            return
-        if self.before is None:
-            del self.model.__dict__["compute_loss"]
-        else:
-            self.model.__dict__["compute_loss"] = self.before
+        with _HOOKING:
+            self.waiting = [one for one in self.waiting if one.forward_pass is not forward_pass]
+            if self.waiting or self.model.__dict__.get("compute_loss") is not self:
+                return
+            if self.before is None:
+                del self.model.__dict__["compute_loss"]
+            else:
+                self.model.__dict__["compute_loss"] = self.before
 
     def __call__(self, x=None, y=None, y_pred=None, sample_weight=None, **keywords):
         here = (threading.get_ident(), current_replica())
@@ -154,9 +159,10 @@ def _await_compute_loss(model: keras.Model, forward_pass: ForwardPass, keep_loss
     Returns:
         What undoes it.
     """
-    hook = model.__dict__.get("compute_loss")
-    if not isinstance(hook, _ComputeLossHook):
-        hook = _ComputeLossHook(model)
-        model.__dict__["compute_loss"] = hook
-    hook.waiting.append(_Waiting(forward_pass, keep_loss, threading.get_ident(), current_replica()))
+    with _HOOKING:
+        hook = model.__dict__.get("compute_loss")
+        if not isinstance(hook, _ComputeLossHook):
+            hook = _ComputeLossHook(model)
+            model.__dict__["compute_loss"] = hook
+        hook.waiting.append(_Waiting(forward_pass, keep_loss, threading.get_ident(), current_replica()))
     return lambda: hook.forget(forward_pass)

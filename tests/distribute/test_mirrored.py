@@ -152,6 +152,19 @@ def test_on_an_uneven_batch_curvature_weights_examples_alike_and_the_gradient_is
     _assert_replicas_agree(model)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_factors_of_an_uneven_batch_are_those_of_one_device(strategy, fisher):
+    """Steps too short to matter; Keras's own loss weights the examples of the smaller part more."""
+    x, y = problem(rows=9, dtype="float32")
+    options = {"learning_rate": 1e-9, "damping": 1.0, "fisher": fisher, "curvature_interval": 1, "seed": 1}
+    factors = []
+    for where in (None, strategy):
+        model, _ = _fitted(where, _network, lambda: KPSVD(**options), x, y, batch_size=6, epochs=1)
+        factors.append([factor.numpy() for block in model.optimizer._blocks for factor in block.blocks[0].factors[0]])
+    for one, other in zip(*factors, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_has_curvature_on_every_device(strategy, policy):
     """The step of float16 is traced by other threads than the forward pass."""

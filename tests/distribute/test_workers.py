@@ -55,7 +55,7 @@ def _run(workers, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"late": True},
         {"method": "kpsvd", "fisher": "empirical", "weight_decay": 0.01},
         {"method": "kfac_corrected", "fisher": "exact"},
     ],

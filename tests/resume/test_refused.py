@@ -99,9 +99,43 @@ def test_an_optimizer_that_is_not_built_takes_the_state_when_it_is(tmp_path):
     fresh.optimizer.build(fresh.trainable_variables)
     assert_bitwise(everything(fresh), everything(_filled(1, method="lanczos")))
     another = network(KPSVD(method="kfac", seed=5))
-    another.load_weights(tmp_path / "full.weights.h5")
     with pytest.raises(ValueError, match="expected that of method 'kfac', received that of method 'lanczos'"):
-        another.optimizer.build(another.trainable_variables)
+        another.load_weights(tmp_path / "full.weights.h5")
+
+
+def test_a_waiting_state_is_saved_again_and_a_later_file_replaces_it(tmp_path):
+    _filled(1, method="lanczos").save_weights(tmp_path / "full.weights.h5")
+    passing = network(KPSVD(method="lanczos", seed=5))
+    passing.load_weights(tmp_path / "full.weights.h5")
+    passing.save_weights(tmp_path / "again.weights.h5")
+    fresh = network(KPSVD(method="lanczos", seed=5))
+    fresh.load_weights(tmp_path / "again.weights.h5")
+    assert int(fresh.optimizer.iterations.numpy()) == 1
+    fresh.optimizer.learning_rate = 0.25
+    fresh.optimizer.build(fresh.trainable_variables)
+    assert float(fresh.optimizer.learning_rate.numpy()) == 0.25
+    for variable in fresh.optimizer.variables[2:]:
+        np.testing.assert_array_equal(variable.numpy(), 1)
+
+    network(KPSVD(method="lanczos", seed=5)).save_weights(tmp_path / "new.weights.h5")
+    passing.load_weights(tmp_path / "new.weights.h5")
+    passing.optimizer.build(passing.trainable_variables)
+    assert not np.array_equal(passing.optimizer.momentums[0].numpy(), np.ones(passing.optimizer.momentums[0].shape))
+    assert int(passing.optimizer.iterations.numpy()) == 0
+
+
+def test_a_waiting_state_that_does_not_fit_is_refused_at_every_step_and_a_given_damping_stays(tmp_path):
+    _filled(1, learning_rate=0.1, damping=0.01).save_weights(tmp_path / "full.weights.h5")
+    fresh = network(KPSVD(seed=5, learning_rate=0.1, damping=0.01, momentum=0.0))
+    fresh.load_weights(tmp_path / "full.weights.h5")
+    gradients = [np.zeros(variable.shape, "float32") for variable in fresh.trainable_variables]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="saved state does not belong to optimizer"):
+            fresh.optimizer.apply(gradients, fresh.trainable_variables)
+    other = network(KPSVD(seed=5, learning_rate=0.1, damping=5.0))
+    other.load_weights(tmp_path / "full.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    assert float(other.optimizer._natural._current_damping()) == 5.0
 
 
 def test_weights_of_a_model_that_another_optimizer_trained_are_loaded_and_its_state_is_left(tmp_path):

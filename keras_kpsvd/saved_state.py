@@ -1,0 +1,101 @@
+"""The state of an optimizer in files: what it is the state of, and what happens before there are variables for it."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+KIND = "kind"
+
+
+class SavedState:
+    """Writes and restores the variables of one optimizer, numbered in order as Keras does, with their kind beside them.
+
+    A state that is loaded before the optimizer is built waits for its variables.
+
+    Args:
+        optimizer: name, for messages.
+        kind: what the numbered variables mean, beyond their shapes.
+
+    Attributes:
+        early: the variables that exist before `build`: the counter, and the rate where it is a variable.
+    """
+
+    early: Sequence[keras.Variable] = ()
+
+    def __init__(self, optimizer: str, kind: str):
+        self.optimizer = optimizer
+        self.kind = kind
+        self._waiting: Mapping[str, np.ndarray] | None = None
+
+    def save(self, variables: Sequence[keras.Variable], store: Any) -> None:
+        """Fills `store`; with a state that still waits, too."""
+        values = {**(self._waiting or {}), **{str(index): variable.numpy() for index, variable in enumerate(variables)}}
+        values[KIND] = np.frombuffer(self.kind.encode(), np.uint8)
+        for name, value in values.items():
+            store[name] = value
+
+    def load(self, variables: Sequence[keras.Variable], store: Any, *, built: bool) -> None:
+        """Restores all of `variables`, or raises a ValueError and leaves them alone.
+
+        Warns, and leaves them, where the store is empty, or holds another optimizer's state and nothing is built yet.
+        """
+        self._waiting = None
+        keys = set(store.keys())
+        if not keys:
+            warnings.warn(
+                f"The file holds no state of optimizer {self.optimizer!r}, which stays as it is.", stacklevel=3
+            )
+            return
+        numbered, early = keys - {KIND}, len(self.early)
+        if not built and len(numbered) > early and KIND not in keys:
+            warnings.warn(f"The file holds the state of another optimizer than {self.optimizer!r}.", stacklevel=3)
+            return
+        self._check_kind(store, keys)
+        if len(numbered) == early and (not built or int(self.early[0].numpy()) == 0):  # It never made a step.
+            variables = self.early
+        elif not built:
+            self._waiting = types.MappingProxyType({name: np.asarray(store[name]) for name in keys})
+            variables = [v for i, v in enumerate(self.early) if tuple(v.shape) == tuple(store[str(i)].shape)]
+        else:
+            self._check_shapes(variables, store, len(numbered))
+        for index, variable in enumerate(variables):
+            variable.assign(store[str(index)])
+
+    def restore_waiting(self, variables: Sequence[keras.Variable]) -> None:
+        """Restores what was loaded before there were variables, if anything was; as `load`, and again if refused."""
+        if self._waiting is None:
+            return
+        self._check_shapes(variables, self._waiting, len(self._waiting) - 1)
+        for index in range(len(self.early), len(variables)):
+            variables[index].assign(self._waiting[str(index)])
+        self._waiting = None
+
+    def _check_kind(self, store: Any, keys: set[str]) -> None:
+        saved = bytes(np.asarray(store[KIND])).decode() if KIND in keys else self.kind
+        if saved != self.kind:
+            raise ValueError(
+                f"The saved state does not belong to optimizer {self.optimizer!r}: expected that of {self.kind}, "
+                f"received that of {saved}. The optimizer's state is unchanged."
+            )
+
+    def _check_shapes(self, variables: Sequence[keras.Variable], store: Any, count: int) -> None:
+        expected = [tuple(variable.shape) for variable in variables]
+        received = [tuple(store[str(index)].shape) for index in range(count)]
+        if expected == received:
+            return
+        differing = next(
+            (i for i, (one, other) in enumerate(zip(expected, received, strict=False)) if one != other),
+            min(len(expected), len(received)),
+        )
+        raise ValueError(
+            f"The saved state does not belong to optimizer {self.optimizer!r}: expected {len(expected)} variables, "
+            f"received {len(received)}, and the shapes differ at number {differing} first. Build it on the same model "
+            "with the same method and options, load the weights before `compile`, or the model with `compile=False`. "
+            "The optimizer's state is unchanged."
+        )
