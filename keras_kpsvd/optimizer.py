@@ -96,8 +96,8 @@ class KPSVD(keras.optimizers.SGD):
         indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
             never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
-            `keras.utils.set_random_seed` sets, without advancing it. Draws are stateless and disturb nobody else's
-            random numbers.
+            `keras.utils.set_random_seed` sets, without advancing it; on several processes one must be given. Draws are
+            stateless and disturb nobody else's random numbers.
         name: of the optimizer.
         **keras_optimizer_arguments: `weight_decay`, `clipnorm`, `clipvalue`, `global_clipnorm`, `use_ema`,
             `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`, `gradient_accumulation_steps`, as in every
@@ -394,5 +394,5 @@ class KPSVD(keras.optimizers.SGD):
 
 
 def _is_finite(gradient: Any) -> tf.Tensor:
-    """Whether the sum is: it costs half of looking at every entry, and a sum that overflows leads to no good step."""
+    """Whether the sum is: cheaper than every entry, and a gradient whose sum overflows leads to no good step."""
     return tf.math.is_finite(tf.reduce_sum(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient))

@@ -3,7 +3,7 @@
 Cholesky factors, singular values, QR and triangular solves give NaN where they fail. TensorFlow's `eigh` raises, and
 nothing can catch that inside a graph: the step would end half way. So it is called from Python there, one operation by
 itself, which needs no other thread of TensorFlow's to go on. (NumPy's LAPACK could be caught as well, but its threads
-fight TensorFlow's: 20 decompositions of 64 rows in one graph took 68 ms, so 7 ms, uncaught 4 ms, on two cores.)
+fight TensorFlow's: 20 decompositions of 64 rows in one graph took 68 ms, so 6 ms, uncaught 4 ms, on two cores.)
 """
 
 import tensorflow as tf
