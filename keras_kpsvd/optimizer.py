@@ -221,7 +221,7 @@ class KPSVD(keras.optimizers.SGD):
             super().apply(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list) -> None:
-        """Nothing here: weight decay is part of the step, which may be skipped whole; see `_backend_update_step`."""
+        """Nothing here: weight decay is part of the step, which may be skipped whole; see `_step`."""
 
     # AutoGraph would convert what a hand-written loop calls, to no avail.
     @tf.autograph.experimental.do_not_convert
