@@ -2,10 +2,8 @@
 
     python benchmarks/guards.py [--rounds 7] [--steps 10] [--quick] [--out benchmarks/results/guards.csv]
 
-A guard is what a step does only in case numbers are not finite or a decomposition fails; `GUARDS` lists them. Each is
-taken out by replacing names of the package's modules while a step is traced, so that its operations never enter the
-graph; the arithmetic that is left is the same, which is checked: the weights agree with the stock step's to rounding
-(to the last bit where `tf.linalg.eigh` does not stand for LAPACK's), and exact fits are made in the same steps.
+`unguarded.GUARDS` lists the guards, which are taken out while a step is traced. The arithmetic that is left is the
+same, which is checked: the weights agree with the stock step's to rounding, and exact fits come in the same steps.
 
 All steps of one network start every timed block from the same weights and the same state of the optimizer, on one batch
 of random data, past the first updates in which every fit is exact. A block is a whole number of periods of refresh and
@@ -15,7 +13,6 @@ inversion. "stock again" is the stock step once more: what its ratio is off 1 by
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import functools
 import itertools
@@ -23,12 +20,10 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
-from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -37,13 +32,10 @@ import numpy as np
 import tensorflow as tf
 from problems import PROBLEMS
 from runs import cores
+from unguarded import GUARDS, without
 
 from keras_kpsvd import KPSVD
-from keras_kpsvd import optimizer as optimizer_module
-from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
 from keras_kpsvd.curvature.extrapolation import EXACT_UPDATES
-from keras_kpsvd.curvature.failures import Failures
-from keras_kpsvd.linalg import gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
 
 RESULTS = Path(__file__).parent / "results" / "guards.csv"
 STOCK, AGAIN, ALL = "stock", "stock again", "all"
@@ -51,164 +43,6 @@ PERIOD = 10  # updates between refreshes and between inversions, by default
 # Weights agree after so many steps, the first with a refresh and an inversion, to this part of how far they moved. In
 # each further step rounding grows tenfold: training is a chaotic map.
 AGREEING_STEPS, TOLERANCE = 2, 1e-3
-
-# A module, or a class; a name in it; what stands there while a step is traced.
-Replacement = tuple[Any, str, Any]
-
-
-class Folding:
-    """TensorFlow, but what depends on an answer known while tracing (a NumPy boolean) is decided there."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(tf, name)
-
-    @staticmethod
-    def where(condition: Any, *values: Any, **options: Any) -> Any:
-        """`tf.where`, or one of the values."""
-        if isinstance(condition, np.bool_):
-            return values[0] if condition else values[1]
-        return tf.where(condition, *values, **options)
-
-    @staticmethod
-    def cond(condition: Any, true_fn: Callable, false_fn: Callable) -> Any:
-        """`tf.cond`, or what one of the branches returns."""
-        if isinstance(condition, np.bool_):
-            return true_fn() if condition else false_fn()
-        return tf.cond(condition, true_fn, false_fn)
-
-    @staticmethod
-    def stack(values: Any, *arguments: Any, **options: Any) -> Any:
-        """`tf.stack`, or a NumPy array."""
-        if isinstance(values, list) and values and all(isinstance(value, np.bool_) for value in values):
-            return np.array(values)
-        return tf.stack(values, *arguments, **options)
-
-    @staticmethod
-    def reduce_all(values: Any, *arguments: Any, **options: Any) -> Any:
-        """`tf.reduce_all`, or a NumPy boolean."""
-        if isinstance(values, np.bool_ | np.ndarray):
-            return np.all(values)
-        return tf.reduce_all(values, *arguments, **options)
-
-
-class Trusting(Folding):
-    """The same, and every number is taken to be finite."""
-
-    def __init__(self):
-        self.math = _TrustingMath()
-
-
-class _TrustingMath:
-    def __getattr__(self, name: str) -> Any:
-        return getattr(tf.math, name)
-
-    is_finite = staticmethod(lambda values: np.True_)
-
-
-def passes(*_: Any) -> np.bool_:
-    """Stands for a check: it holds, which is known while tracing."""
-    return np.True_
-
-
-def ignored(*_: Any) -> None:
-    """Stands for what is done for its effect alone."""
-
-
-def trusting(*modules: Any) -> list[Replacement]:
-    """All checks for finite numbers in `modules`."""
-    checks = [(module, "all_finite", passes) for module in modules if hasattr(module, "all_finite")]
-    return [*checks, *((module, "tf", Trusting()) for module in modules)]
-
-
-def assign(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
-    """`assign_last` without its order."""
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _while_tracing(kernel: Callable, replacements: list[Replacement]) -> Callable:
-    """`kernel` with what it finds in its own module replaced: two kernels there have guards of their own."""
-
-    def traced(*arguments: Any) -> Any:
-        with _replaced(replacements):
-            return kernel(*arguments)
-
-    return traced
-
-
-def _inverting(options: Any, terms: Any, old: Any, known: Any, damping: Any) -> Any:
-    return _STOCK_INVERT(options, terms, old, np.True_, damping)
-
-
-_STOCK_INVERT = state._invert
-_LINALG = (gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated)
-
-# Name and what it is, then what takes it out.
-GUARDS: dict[str, tuple[str, list[Replacement]]] = {
-    "gradient": (
-        "the gradient is finite, else the step is skipped",
-        [(optimizer_module, "_is_finite", passes), (optimizer_module, "tf", Folding())],
-    ),
-    "step": (
-        "the preconditioned gradient and its length are finite, else the step is skipped",
-        [*trusting(natural_gradient), (optimizer_module, "tf", Folding())],
-    ),
-    "factors": (
-        "samples and new factors are finite, else the old ones stay",
-        [
-            *trusting(reduction),
-            (state, "_refresh", _while_tracing(state._refresh, trusting(state))),
-        ],
-    ),
-    "probes": (
-        "new preconditioners are finite and reproduce a probe vector, else the old ones stay",
-        [
-            (
-                state,
-                "_invert",
-                _while_tracing(
-                    _inverting,
-                    [*trusting(state), (state, "_inverts", passes), (state, "_orthonormalises", passes)],
-                ),
-            ),
-        ],
-    ),
-    "linear algebra": (
-        "what decompositions get is finite, and factors are not indefinite",
-        trusting(*_LINALG, averaging),
-    ),
-    "eigh": (
-        "eigendecompositions that fail are caught, in Python",
-        [(module, "eigh", tf.linalg.eigh) for module in _LINALG if hasattr(module, "eigh")],
-    ),
-    "counters": (
-        "failures in a row are counted and told",
-        [(Failures, name, ignored) for name in ("no_step_skipped", "of_refresh", "of_inversion")],
-    ),
-    "order": (
-        "nothing is assigned before everything is computed",
-        [(module, "assign_last", assign) for module in (state, natural_gradient)],
-    ),
-}
-
-
-@contextlib.contextmanager
-def _replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in replacements:
-            stack.enter_context(mock.patch.object(owner, name, replacement))
-        yield
-
-
-@contextlib.contextmanager
-def without(names: Iterable[str]) -> Iterator[None]:
-    """Steps that are traced within have none of the guards `names`; steps traced before or after have all of them."""
-    with _replaced(replacement for name in names for replacement in GUARDS[name][1]):
-        state._kernels.cache_clear()  # They would be shared with steps that have other guards.
-        try:
-            yield
-        finally:
-            state._kernels.cache_clear()
 
 
 @dataclass(frozen=True)

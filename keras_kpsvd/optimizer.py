@@ -23,6 +23,7 @@ from keras_kpsvd.arguments import (
     is_number,
     resolve_seed,
 )
+from keras_kpsvd.averages import AveragesOfStepsTaken
 from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.natural_gradient import NaturalGradient, Proposal, StepOptions
 from keras_kpsvd.curvature.replicas import JointPass, joint_pass
@@ -39,7 +40,7 @@ PLAIN_RATE = 0.01
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")
-class KPSVD(keras.optimizers.SGD):
+class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
     """Natural gradient with Kronecker-product-SVD approximations of the Fisher matrix.
 
     Trains the weights of instrumented layers (`KPSVDDense`, …) by the gradient preconditioned with a damped Kronecker
@@ -202,6 +203,9 @@ class KPSVD(keras.optimizers.SGD):
         tell_of_fallback(others, all_of_them=not self._blocks)
         with tf.init_scope():
             self._saved_state.restore_waiting(self.variables)
+
+    def _skipped(self) -> tf.Tensor:
+        return self._natural.failures.skipping()
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """Ends the recording of the forward pass that made `loss`, then scales as Keras does."""

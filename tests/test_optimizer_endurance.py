@@ -48,6 +48,38 @@ def test_steps_skipped_twenty_times_in_a_row_end_training_with_everything_intact
 
 
 @pytest.mark.parametrize("eager", [True, False])
+def test_a_skipped_step_leaves_averages_and_what_they_overwrite(eager):
+    """The fourth batch, which is skipped, would be the one to overwrite the weights; the sixth does."""
+    x, y = problem(dtype="float32")
+    options = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+    model = compiled(_network(), KPSVD(**options), run_eagerly=eager)
+    for _ in range(3):
+        model.train_on_batch(x, y)
+    before = state(model)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.train_on_batch(np.full_like(x, np.nan), y)
+    assert_same(state(model), before)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    averages = model.optimizer._model_variables_moving_average
+    for one, average in zip(model.trainable_variables, averages, strict=True):
+        np.testing.assert_array_equal(one.numpy(), average.numpy())
+
+
+def test_at_the_end_of_fit_averages_replace_the_weights_though_the_last_step_was_skipped():
+    x, y = problem(rows=24, dtype="float32")
+    x[20] = np.nan
+    model = compiled(_network(), KPSVD(use_ema=True, ema_momentum=0.5), run_eagerly=False)
+    start = [variable.numpy() for variable in model.trainable_variables]
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    averages = model.optimizer._model_variables_moving_average
+    for one, average, before in zip(model.trainable_variables, averages, start, strict=True):
+        np.testing.assert_array_equal(one.numpy(), average.numpy())
+        assert not np.array_equal(one.numpy(), before)
+
+
+@pytest.mark.parametrize("eager", [True, False])
 def test_a_layer_that_fails_twenty_times_in_a_row_ends_training_by_name(monkeypatch, eager):
     sound = state_module.invert_one_term
 

@@ -30,6 +30,10 @@ class Failures:
         self._refreshes = add_variable(shape=shape, dtype="int64", name="refresh_failures")
         self._inversions = add_variable(shape=shape, dtype="int64", name="inversion_failures")
 
+    def skipping(self) -> tf.Tensor:
+        """Whether the last step was skipped, boolean scalar."""
+        return self._skipped.value > 0
+
     def no_step_skipped(self) -> None:
         """The step was taken."""
         self._skipped.assign(0)

@@ -76,7 +76,7 @@ def _two_outputs():
 CASES = {
     "defaults": (_network, {}),
     "kpsvd": (_network, {"method": "kpsvd"}),
-    "kfac_corrected, empirical": (_network, {"method": "kfac_corrected", "fisher": "empirical"}),
+    "kfac_corrected, empirical": (_network, {"method": "kfac_corrected", "fisher": "empirical", "use_ema": True}),
     "given rate, exact": (_network, {**PLAIN, "momentum": 0.5, "kl_clip": 1e-2, "weight_decay": 0.1}),
     "nesterov": (_network, {**PLAIN, "momentum": 0.5, "nesterov": True}),
     "few rows": (_network, {"fisher_batch_size": 5}),

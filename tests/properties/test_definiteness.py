@@ -20,12 +20,7 @@ SHAPES = [(5, 4), (6, 1), (1, 4), (3, 6)]
 LARGE = [(2 * RANK + 2, 3), (3, 2 * RANK + 2)]
 
 
-@pytest.fixture(autouse=True)
-def _no_tracing():
-    """Every example has shapes of its own, and most of the time would go into graphs that run once."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+pytestmark = pytest.mark.usefixtures("untraced")
 
 
 def _add_variable(shape, dtype, name, initializer):

@@ -32,12 +32,7 @@ LOSSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_tracing():
-    """Most of the time would go into graphs that run once."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
+pytestmark = pytest.mark.usefixtures("untraced")
 
 
 def _problem(seed, loss, sizes, rows):

@@ -219,34 +219,27 @@ class _Session:
             assert int(self.model.optimizer._iterations) > 0  # Batches: `iterations` counts updates.
 
 
+def _run(actions, **case):
+    session = _Session(**case)
+    for action in actions:
+        session.do(*action)
+
+
 @settings(max_examples=15, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite(actions, **case):
     tf.config.run_functions_eagerly(True)  # Tracing would take most of the time.
     try:
-        session = _Session(**case, eager=True)
-        for action in actions:
-            session.do(*action)
+        _run(actions, eager=True, **case)
     finally:
         tf.config.run_functions_eagerly(False)
 
 
 @pytest.mark.slow
-@settings(max_examples=2, **SETTINGS)
+@settings(max_examples=20, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite_in_graphs(actions, **case):
-    session = _Session(**case, eager=False)
-    for action in actions:
-        session.do(*action)
-
-
-@pytest.mark.slow
-@settings(max_examples=40, **SETTINGS)
-@given(**CASES)
-def test_whatever_is_done_in_whatever_order_all_variables_stay_finite_in_many_more_graphs(actions, **case):
-    session = _Session(**case, eager=False)
-    for action in actions:
-        session.do(*action)
+    _run(actions, eager=False, **case)
 
 
 @pytest.mark.parametrize("loss", [name for name, (*_, likelihood) in LOSSES.items() if likelihood != "auto"])
