@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 import sys
@@ -24,24 +23,56 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from command_line import INTERRUPTED, NOT_INSTALLED, OneLineParser, count, fail, package_is_missing
+from execution import execute, missing
 from problems import PROBLEMS
-from runs import (
-    OPTIMIZERS,
-    RATES,
-    SEARCH_SEED,
-    Key,
-    Results,
-    Row,
-    best_loss,
-    best_rate,
-    cores,
-    execute,
-    make_plan,
-)
+from runs import SEARCH_SEED, Key, Results, Row, Run, best_loss, best_options, cores
 
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+OPTIMIZERS = ("adam", "kpsvd")
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
-INTERRUPTED = 130  # the shell's exit status for a program ended by Ctrl-C
 _DASH = "–"
+
+
+def make_plan(
+    problems: Iterable[str],
+    batch_sizes: Iterable[int] | None,
+    seeds: Iterable[int],
+    optimizers: Iterable[str] = OPTIMIZERS,
+    options: dict[str, Any] | None = None,
+    label: str = "kpsvd",
+    epochs: int | None = None,
+) -> list[Run]:
+    """Every run of a comparison, in order: of each problem and batch size Adam's rates first, then seed by seed.
+
+    Args:
+        problems: names.
+        batch_sizes: for all of them. None: each problem's own.
+        seeds: of data, weights and batches. Adam's rates run on `SEARCH_SEED` whether it is among them or not.
+        optimizers: "adam", "kpsvd" or both.
+        options: KPSVD's arguments.
+        label: KPSVD's name in the table.
+        epochs: of every run. None: each problem's own.
+    """
+    plan = []
+    seeds, optimizers = list(dict.fromkeys(seeds)), set(optimizers)
+    for name in dict.fromkeys(problems):
+        problem = PROBLEMS[name]
+        for batch in dict.fromkeys(batch_sizes or problem.batch_sizes):
+
+            def add(seed: int, optimizer: str, label: str, options: dict | None, name=name, batch=batch) -> None:
+                grid = [{"learning_rate": rate} for rate in RATES] if options is None else None
+                plan.append(Run(name, batch, seed, optimizer, label, options, epochs or PROBLEMS[name].epochs, grid))
+
+            if "adam" in optimizers:
+                for rate in RATES:
+                    add(SEARCH_SEED, "adam", "adam", {"learning_rate": rate})
+            for seed in seeds:
+                if "adam" in optimizers and seed != SEARCH_SEED:
+                    add(seed, "adam", "adam", None)
+                if "kpsvd" in optimizers:
+                    add(seed, "kpsvd", label, options or {})
+    return plan
 
 
 def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
@@ -63,8 +94,9 @@ def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
 
 def _by_optimizer(rows: list[Row]) -> tuple[dict[int, Row], list[dict[int, Row]]]:
     """Adam's rows at its best rate by seed, and those of every other label and set of options."""
-    rate = best_rate(rows)
-    adam = {row["seed"]: row for row in rows if row["optimizer"] == "adam" and row["options"]["learning_rate"] == rate}
+    adams = [row for row in rows if row["optimizer"] == "adam"]
+    best = best_options(adams)
+    adam = {row["seed"]: row for row in adams if row["options"] == best}
     others: dict[tuple, dict[int, Row]] = {}
     for row in rows:
         if row["optimizer"] != "adam":
@@ -243,11 +275,6 @@ def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(lines)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
@@ -258,12 +285,6 @@ def _options(text: str) -> dict[str, Any]:
     return options
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2147483647, got {text!r}")
@@ -272,7 +293,7 @@ def _seed(text: str) -> int:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; a wrong argument ends the program with one line that says what was wrong."""
-    parser = _OneLineParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the runs that the results lack")
     table = commands.add_parser("table", help="print what the results say, and write it as CSV beside them")
@@ -281,14 +302,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--only", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems (default: all)"
     )
-    run.add_argument("--batch-sizes", nargs="+", type=_count, help="default: each problem's own")
+    run.add_argument("--batch-sizes", nargs="+", type=count, help="default: each problem's own")
     run.add_argument("--seeds", nargs="+", type=_seed, default=[0, 1, 2], help="default: 0 1 2")
     run.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="default: both")
     run.add_argument("--options", type=_options, default={}, help="arguments of KPSVD, as JSON (default: none)")
     run.add_argument("--label", help="KPSVD's name in the table (default: made of the options)")
-    run.add_argument("--epochs", type=_count, help="default: each problem's own")
-    run.add_argument("--jobs", type=_count, default=1, help="runs at a time; more than 1 spoils the seconds")
-    run.add_argument("--threads", type=_count, help="of each run (default: the cores, divided by --jobs)")
+    run.add_argument("--epochs", type=count, help="default: each problem's own")
+    run.add_argument("--jobs", type=count, default=1, help="runs at a time; more than 1 spoils the seconds")
+    run.add_argument("--threads", type=count, help="of each run (default: the cores, divided by --jobs)")
     run.add_argument("--again", action="store_true", help="make the runs that failed, too, once more")
     options = parser.parse_args(arguments)
     if options.command == "run":
@@ -301,9 +322,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run_command(options: argparse.Namespace) -> int:
     """Makes the runs that are missing; returns 1 if one of them failed, 2 if none can be made."""
-    if importlib.util.find_spec("keras_kpsvd") is None:
-        print("defaults.py: error: keras_kpsvd is not installed: pip install -e '.[tutorials]'", file=sys.stderr)
-        return 2
+    if package_is_missing():
+        return fail("defaults.py", NOT_INSTALLED)
     results = _open(options.results)
     if options.again:
         results.rows = {key: row for key, row in results.rows.items() if row["status"] != "failed"}
@@ -316,9 +336,9 @@ def run_command(options: argparse.Namespace) -> int:
         options.label,
         options.epochs,
     )
-    missing = [run for run in plan if run.options is None or run.key not in results.rows]
-    print(f"{len(plan)} runs planned, {len(plan) - len(missing)} of them found in {options.results}", flush=True)
-    made = execute(missing, results, options.jobs, options.threads)
+    left = missing(plan, results)
+    print(f"{len(plan)} runs planned, {len(plan) - len(left)} of them found in {options.results}", flush=True)
+    made = execute(left, results, options.jobs, options.threads)
     return int(any(row["status"] == "failed" for row in made))
 
 

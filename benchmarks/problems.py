@@ -125,6 +125,7 @@ class Problem:
         epochs: int,
         recorder: Recorder,
         samples: int | None = None,
+        watch: Callable[[keras.Model, np.ndarray, int], None] | None = None,
     ) -> keras.Model:
         """Trains by stock `compile` and `fit`, until a loss is not finite; returns the model.
 
@@ -135,6 +136,8 @@ class Problem:
             epochs: at most.
             recorder: filled in epoch by epoch.
             samples: see `load`.
+            watch: is given the model, the training inputs and the number of epochs behind it, before the first epoch
+                and after each one, off the clock.
         """
         import keras
 
@@ -149,9 +152,13 @@ class Problem:
             )
             if recorder.reason is not None:
                 model.stop_training = True
+            elif watch is not None:
+                watch(model, x, epoch + 1)
 
         # Nothing is hooked to single batches: Keras would wait for each one's loss.
         callback = keras.callbacks.LambdaCallback(on_epoch_begin=recorder.begin, on_epoch_end=end)
+        if watch is not None:
+            watch(model, x, 0)
         recorder.start()
         model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[callback])
         return model

@@ -1,4 +1,4 @@
-"""Training runs of `defaults.py`: what a run is, which runs a comparison needs, one of them made, results kept.
+"""Training runs of `defaults.py` and `reproduce.py`: what a run is, one of them made, results kept.
 
     python benchmarks/runs.py '{"problem": "digits", "batch": 64, "seed": 0, "optimizer": "kpsvd", "label": "kpsvd",
                                 "options": {"method": "kfac"}, "epochs": 3}'
@@ -9,30 +9,28 @@ makes that run in this process and prints its row, as one line of JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import platform
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import IO, Any
+from typing import Any
 
+from contestants import OPTIMIZERS, make_optimizer
 from problems import PROBLEMS, Recorder
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-SEARCH_SEED = 0  # Adam's rates are compared on this seed
-OPTIMIZERS = ("adam", "kpsvd")
-_POLL_SECONDS = 0.2
+SEARCH_SEED = 0  # the settings of a grid are compared on this seed
+STUDY_IMAGES = 256  # training examples whose Fisher matrix the study "errors" approximates
+STUDY_EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100)  # after which it does, and after the last
 
-Key = tuple[str, int, int, str, str, int]
+Key = tuple
 Row = dict[str, Any]
 
 
@@ -42,9 +40,12 @@ class Run:
 
     Attributes:
         problem, batch, seed, epochs: what is trained, in batches of which size, with which seed, how long.
-        optimizer: "adam" or "kpsvd".
-        label: the optimizer's name in the table.
-        options: its arguments. None is Adam at the best of `RATES`, which is known once they are all through.
+        optimizer: a name in `contestants.OPTIMIZERS`.
+        label: the name in tables.
+        options: the optimizer's arguments. None is the best of `grid`, which is known once all of it is through.
+        grid: sets of arguments, compared on `SEARCH_SEED`.
+        study: what the run is for.
+        samples: training examples. None: the problem's own number.
     """
 
     problem: str
@@ -54,6 +55,9 @@ class Run:
     label: str
     options: dict[str, Any] | None
     epochs: int
+    grid: Sequence[dict[str, Any]] | None = None
+    study: str = "defaults"
+    samples: int | None = None
 
     @property
     def key(self) -> Key:
@@ -62,54 +66,25 @@ class Run:
 
     def __str__(self) -> str:
         """The run in words, for a line of progress."""
-        rate = "" if self.optimizer != "adam" else f" {self.options['learning_rate']:g}" if self.options else " best"
-        return f"{self.problem}, batch {self.batch}, seed {self.seed}, {self.label}{rate}"
+        if self.options is None:
+            chosen = "best of its grid"
+        else:
+            chosen = " ".join(f"{name}={value}" for name, value in self.options.items())
+        study = "" if self.study in ("defaults", "comparison") else f"{self.study}, "
+        return f"{study}{self.problem}, batch {self.batch}, seed {self.seed}, {self.label} {chosen}".rstrip()
 
 
 def key_of(row: Row) -> Key:
     """The key of a row, or of a run as a dictionary. Raises KeyError or TypeError where that is no row."""
+    return row.get("study", "defaults"), row["label"], *training_of(row)
+
+
+def training_of(row: Row) -> Key:
+    """The part of the key that says what is trained: rows that share it differ in name only."""
     options = json.dumps(row["options"], sort_keys=True)
-    return row["problem"], int(row["batch"]), int(row["seed"]), row["label"], options, int(row["epochs"])
-
-
-def make_plan(
-    problems: Iterable[str],
-    batch_sizes: Iterable[int] | None,
-    seeds: Iterable[int],
-    optimizers: Iterable[str] = OPTIMIZERS,
-    options: dict[str, Any] | None = None,
-    label: str = "kpsvd",
-    epochs: int | None = None,
-) -> list[Run]:
-    """Every run of a comparison, in order: of each problem and batch size Adam's rates first, then seed by seed.
-
-    Args:
-        problems: names.
-        batch_sizes: for all of them. None: each problem's own.
-        seeds: of data, weights and batches. Adam's rates run on `SEARCH_SEED` whether it is among them or not.
-        optimizers: "adam", "kpsvd" or both.
-        options: KPSVD's arguments.
-        label: KPSVD's name in the table.
-        epochs: of every run. None: each problem's own.
-    """
-    plan = []
-    seeds, optimizers = list(dict.fromkeys(seeds)), set(optimizers)
-    for name in dict.fromkeys(problems):
-        problem = PROBLEMS[name]
-        for batch in dict.fromkeys(batch_sizes or problem.batch_sizes):
-
-            def add(seed: int, optimizer: str, label: str, options: dict | None, name=name, batch=batch) -> None:
-                plan.append(Run(name, batch, seed, optimizer, label, options, epochs or PROBLEMS[name].epochs))
-
-            if "adam" in optimizers:
-                for rate in RATES:
-                    add(SEARCH_SEED, "adam", "adam", {"learning_rate": rate})
-            for seed in seeds:
-                if "adam" in optimizers and seed != SEARCH_SEED:
-                    add(seed, "adam", "adam", None)
-                if "kpsvd" in optimizers:
-                    add(seed, "kpsvd", label, options or {})
-    return plan
+    samples = row.get("samples")
+    sizes = int(row["batch"]), int(row["seed"]), int(row["epochs"]), None if samples is None else int(samples)
+    return row["problem"], row["optimizer"], options, *sizes
 
 
 def best_loss(losses: Iterable[float | None]) -> float | None:
@@ -117,35 +92,35 @@ def best_loss(losses: Iterable[float | None]) -> float | None:
     return min((loss for loss in losses if loss is not None and math.isfinite(loss)), default=None)
 
 
-def best_rate(rows: Iterable[Row]) -> float | None:
-    """Adam's rate with the lowest training loss of those on `SEARCH_SEED` that neither diverged nor failed, or None.
+def best_options(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """The options with the lowest training loss on `SEARCH_SEED` of the rows that neither diverged nor failed, or None.
 
     Args:
-        rows: of one problem, batch size and number of epochs.
+        rows: of one problem, batch size, number of epochs and optimizer. Of equals the first wins.
     """
     candidates = [
-        (best_loss(row["losses"]), row["options"]["learning_rate"])
+        (best_loss(row["losses"]), row["options"])
         for row in rows
-        if row["optimizer"] == "adam" and row["seed"] == SEARCH_SEED and row["status"] == "finished"
+        if row["seed"] == SEARCH_SEED and row["status"] == "finished"
     ]
-    return min(candidates)[1] if candidates else None
+    return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
 
 
 def ready(run: Run, rows: dict[Key, Row]) -> Run | None:
-    """The run with its options filled in; None while some of Adam's rates are still to be tried.
+    """The run with its options filled in; None while some of its grid is still to be tried.
 
     Raises:
-        LookupError: every rate diverged or failed.
+        LookupError: every setting diverged or failed.
     """
     if run.options is not None:
         return run
-    tried = [replace(run, seed=SEARCH_SEED, options={"learning_rate": rate}).key for rate in RATES]
+    tried = [replace(run, seed=SEARCH_SEED, options=options).key for options in run.grid]
     if not all(key in rows for key in tried):
         return None
-    rate = best_rate(rows[key] for key in tried)
-    if rate is None:
-        raise LookupError("every rate of Adam diverged or failed")
-    return replace(run, options={"learning_rate": rate})
+    options = best_options(rows[key] for key in tried)
+    if options is None:
+        raise LookupError("every setting of its grid diverged or failed")
+    return replace(run, options=options)
 
 
 class Results:
@@ -167,7 +142,7 @@ class Results:
                 continue
             try:
                 row = json.loads(line)
-                _check(row)
+                check_row(row)
                 self.rows[key_of(row)] = row
             except (ValueError, KeyError, TypeError):
                 self.damaged.append(number)
@@ -194,7 +169,8 @@ class Results:
 _SERIES = ("losses", "seconds", "held_out_losses", "held_out_accuracies")
 
 
-def _check(row: Row) -> None:
+def check_row(row: Row) -> None:
+    """Raises ValueError, KeyError or TypeError where that is no row."""
     if row["status"] not in ("finished", "diverged", "failed") or row["optimizer"] not in OPTIMIZERS:
         raise ValueError("no row")
     lengths = {len(row[name]) for name in _SERIES}
@@ -204,42 +180,50 @@ def _check(row: Row) -> None:
 
 def empty_row(run: Run, status: str, reason: str | None = None) -> Row:
     """A row without epochs."""
-    return {**asdict(run), "status": status, "reason": reason, **{name: [] for name in _SERIES}}
+    start = asdict(run)
+    del start["grid"]
+    return {**start, "status": status, "reason": reason, **{name: [] for name in _SERIES}}
 
 
-def train(run: Run, threads: int | None = None, samples: int | None = None) -> Row:
+def train(run: Run, threads: int | None = None) -> Row:
     """Makes a run in this process.
 
     Args:
         run: which.
         threads: of TensorFlow's pools, which must not have started yet. None leaves them alone.
-        samples: training examples. None: the problem's own number.
 
     Returns:
         Its row: `run`, "status" ("finished", "diverged" or "failed"), "reason", what `Recorder` recorded, "config" of
-        the optimizer, KPSVD's "warnings", and where it ran.
+        the optimizer, KPSVD's "warnings", and where it ran. Those of the study "errors" have "fisher", the results of
+        `fisher_study.measure`, made between the epochs.
     """
     import keras
     import tensorflow as tf
 
-    import keras_kpsvd
-
     if threads is not None:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-    optimizer = {"adam": keras.optimizers.Adam, "kpsvd": keras_kpsvd.KPSVD}[run.optimizer]
-    row, recorder = empty_row(run, "failed"), Recorder()
+    row, recorder, study = empty_row(run, "failed"), Recorder(), []
+    watch = functools.partial(_study, study, run.epochs) if run.study == "errors" else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             model = PROBLEMS[run.problem].train(
-                lambda: optimizer(**run.options), run.batch, run.seed, run.epochs, recorder, samples
+                lambda: make_optimizer(run.optimizer, run.options),
+                run.batch,
+                run.seed,
+                run.epochs,
+                recorder,
+                run.samples,
+                watch,
             )
             row |= {"status": "diverged" if recorder.reason else "finished", "reason": recorder.reason}
             row["config"] = model.optimizer.get_config()
         except Exception as error:  # one run's failure must not cost the others their results
             row["reason"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     row |= {name: getattr(recorder, name) for name in (*_SERIES, "setup_seconds")}
+    if watch is not None:
+        row["fisher"] = study
     gpus = tf.config.list_physical_devices("GPU")
     gpu = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else None
     return row | {
@@ -248,6 +232,14 @@ def train(run: Run, threads: int | None = None, samples: int | None = None) -> R
         "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__},
         "revision": _revision(),
     }
+
+
+def _study(results: list[dict], epochs: int, model: Any, x: Any, epoch: int) -> None:
+    """Adds the errors of the approximations of `model` to `results`, where the epoch is one of those studied."""
+    import fisher_study
+
+    if epoch in STUDY_EPOCHS or epoch == epochs:
+        results += fisher_study.measure(model, x[:STUDY_IMAGES], epoch)
 
 
 def cores() -> int:
@@ -262,103 +254,6 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def expected_seconds(run: Run, rows: Iterable[Row]) -> float:
-    """What `run` will take, from the median of the runs most like it: same problem, batch size, optimizer; 0 if none.
-
-    A run like it is one of the same optimizer, problem and batch size; else of the same optimizer and problem; else of
-    the same optimizer; else any. Time is taken to grow with the number of epochs.
-    """
-    rows = [row for row in rows if row["losses"] and row.get("wall_seconds")]
-    for names in (("optimizer", "problem", "batch"), ("optimizer", "problem"), ("optimizer",), ()):
-        alike = [row for row in rows if all(row[name] == getattr(run, name) for name in names)]
-        if alike:
-            return run.epochs * median(row["wall_seconds"] / len(row["losses"]) for row in alike)
-    return 0.0
-
-
-@dataclass
-class _Child:
-    run: Run
-    process: subprocess.Popen
-    output: IO[str]
-    errors: IO[str]
-    began: float
-
-    def row(self) -> Row:
-        """The finished child's row; one that says why if it left none."""
-        self.output.seek(0)
-        self.errors.seek(0)
-        lines, errors = self.output.read().splitlines(), self.errors.read().split("\n")
-        try:
-            row = json.loads(lines[-1])
-            _check(row)
-        except (IndexError, ValueError, KeyError, TypeError):
-            last = next((line for line in reversed(errors) if line.strip()), "no message")
-            row = empty_row(self.run, "failed", f"exit status {self.process.returncode}: {last}")
-        return row | {"wall_seconds": time.perf_counter() - self.began}
-
-
-def execute(plan: list[Run], results: Results, jobs: int, threads: int) -> list[Row]:
-    """Makes the runs of `plan`, `jobs` at a time, and appends each one's row to `results`; returns the rows made."""
-    pending, children, made = list(plan), [], []
-    try:
-        while pending or children:
-            for run in list(pending):
-                if len(children) == jobs:
-                    break
-                try:
-                    chosen = ready(run, results.rows)
-                except LookupError as error:
-                    print(f"{run}: left out, {error}", flush=True)
-                    pending.remove(run)
-                    continue
-                if chosen is None:
-                    continue
-                pending.remove(run)
-                if chosen.key not in results.rows:
-                    children.append(_start(chosen, threads))
-            done = [child for child in children if child.process.poll() is not None]
-            for child in done:
-                children.remove(child)
-                row = child.row() | {"jobs": jobs, "threads": threads}
-                results.append(row)
-                made.append(row)
-                left = [child.run for child in children] + pending
-                print(
-                    f"[{len(made)}/{len(made) + len(left)}] {_progress(child.run, row, left, results, jobs)}",
-                    flush=True,
-                )
-            if not done and children:
-                time.sleep(_POLL_SECONDS)
-    finally:
-        for child in children:
-            child.process.kill()
-            child.process.wait()
-    return made
-
-
-def _start(run: Run, threads: int) -> _Child:
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(run))]
-    command += ["--threads", str(threads), "--parent", str(os.getpid())]
-    output, errors = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 -- outlives this call
-    process = subprocess.Popen(command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL)
-    return _Child(run, process, output, errors, time.perf_counter())
-
-
-def _progress(run: Run, row: Row, left: list[Run], results: Results, jobs: int) -> str:
-    loss = best_loss(row["losses"])
-    outcome = f"loss {loss:.5g}" if loss is not None else "no loss"
-    outcome += f" in {sum(row['seconds']):.1f} s of training"
-    if row["status"] != "finished":
-        outcome += f", {row['status']}: {row['reason']}"
-    seconds = sum(expected_seconds(run, results.rows.values()) for run in left) / jobs
-    return f"{run}: {outcome}; " + (f"about {_duration(seconds)} left" if left else "all done")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def main(arguments: list[str] | None = None) -> None:

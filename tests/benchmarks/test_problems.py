@@ -139,7 +139,7 @@ KFAC = {"optimizer": "kpsvd", "label": "kpsvd", "options": {"method": "kfac"}}
 def test_both_optimizers_train_and_leave_a_whole_row(name, changes, tmp_path):
     from runs import Results, train
 
-    row = train(_run(problem=name, **changes), samples=48)
+    row = train(_run(problem=name, samples=48, **changes))
     assert row["status"] == "finished", row["reason"]
     assert row["losses"][1] < row["losses"][0] and min(row["seconds"]) > 0
     assert len(row["held_out_losses"]) == 2 and (row["held_out_accuracies"][0] is None) == (name == "regression")
@@ -149,12 +149,12 @@ def test_both_optimizers_train_and_leave_a_whole_row(name, changes, tmp_path):
 
 
 def test_run_that_diverges_or_fails_is_a_row_with_its_reason():
-    from runs import _check, train
+    from runs import check_row, train
 
-    diverged = train(_run(options={"learning_rate": math.nan}, epochs=5), samples=48)
-    failed = train(_run(**{**KFAC, "options": {"method": "nonesuch"}}), samples=48)
+    diverged = train(_run(options={"learning_rate": math.nan}, epochs=5, samples=48))
+    failed = train(_run(**{**KFAC, "options": {"method": "nonesuch"}, "samples": 48}))
     for row in (diverged, failed):
-        _check(row)
+        check_row(row)
     assert diverged["status"] == "diverged" and "nan in epoch 1" in diverged["reason"]
     assert diverged["losses"] == [None]
     assert failed["status"] == "failed" and failed["reason"].startswith("ValueError") and failed["losses"] == []

@@ -1,0 +1,80 @@
+"""The optimizers that `reproduce.py` compares: each one's class, and the settings it is tried with.
+
+To add one, add a `Contestant`; where its class is none of `OPTIMIZERS`, add that too. Keras is imported by what makes
+an optimizer, not by this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import keras
+
+
+def _keras(name: str) -> Callable[[], type]:
+    def find() -> type:
+        import keras
+
+        return getattr(keras.optimizers, name)
+
+    return find
+
+
+def _kpsvd() -> type:
+    import keras_kpsvd
+
+    return keras_kpsvd.KPSVD
+
+
+OPTIMIZERS: dict[str, Callable[[], type]] = {
+    "sgd": _keras("SGD"),
+    "adam": _keras("Adam"),
+    "adamw": _keras("AdamW"),
+    "muon": _keras("Muon"),
+    "kpsvd": _kpsvd,
+}
+
+
+def make_optimizer(name: str, options: dict[str, Any]) -> keras.optimizers.Optimizer:
+    """An optimizer of the class `OPTIMIZERS[name]`, with `options` as its arguments."""
+    return OPTIMIZERS[name]()(**options)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer as the tables know it.
+
+    Attributes:
+        label: its name there.
+        optimizer: a name in `OPTIMIZERS`.
+        grid: the settings it is tried with, the most usual one first. All contestants have as many.
+    """
+
+    label: str
+    optimizer: str
+    grid: tuple[dict[str, Any], ...]
+
+
+# Chosen on a few epochs of CURVES so that the best rate of each lies inside, or one factor from it.
+_RATES = ({"learning_rate": 3e-3}, {"learning_rate": 1e-3}, {"learning_rate": 1e-2})
+_SGD_RATES = tuple({"momentum": 0.9, "learning_rate": rate} for rate in (1.0, 0.1, 10.0))
+METHODS = ("kfac", "kpsvd", "deflation", "lanczos", "kfac_corrected")
+
+CONTESTANTS = {
+    contestant.label: contestant
+    for contestant in (
+        Contestant("sgd", "sgd", _SGD_RATES),
+        Contestant("adam", "adam", _RATES),
+        Contestant("adamw", "adamw", _RATES),
+        Contestant("muon", "muon", _RATES),
+        *(
+            Contestant(
+                method, "kpsvd", ({"method": method}, *({"method": method, "damping": value} for value in (0.1, 0.01)))
+            )
+            for method in METHODS
+        ),
+    )
+}
