@@ -58,7 +58,6 @@ class Contestant:
     grid: tuple[dict[str, Any], ...]
 
 
-# Chosen on a few epochs of CURVES so that the best rate of each lies inside, or one factor from it.
 _RATES = ({"learning_rate": 3e-3}, {"learning_rate": 1e-3}, {"learning_rate": 1e-2})
 _SGD_RATES = tuple({"momentum": 0.9, "learning_rate": rate} for rate in (1.0, 0.1, 10.0))
 METHODS = ("kfac", "kpsvd", "deflation", "lanczos", "kfac_corrected")

@@ -150,7 +150,8 @@ def _start(run: Run, threads: int) -> _Child:
     command = [sys.executable, str(Path(__file__).with_name("runs.py").resolve()), json.dumps(asdict(run))]
     command += ["--threads", str(threads), "--parent", str(os.getpid())]
     output, errors = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))  # noqa: SIM115 -- outlives this call
-    process = subprocess.Popen(command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL)
+    environment = {"OPENBLAS_NUM_THREADS": str(threads), **os.environ}  # NumPy's, which reads it when it is imported
+    process = subprocess.Popen(command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL, env=environment)
     return _Child(run, process, output, errors, time.perf_counter())
 
 

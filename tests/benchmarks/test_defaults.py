@@ -5,40 +5,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .conftest import make_row
+
 PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch):
-    """Lets tests import the benchmarks' modules, which are scripts and not a package, by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
-def _row(losses, seconds=None, *, optimizer="adam", options=None, status="finished", seed=0, accuracies=None, **more):
-    """A row of digits, batch 64; held-out losses are ten times the losses."""
-    options = {"learning_rate": 1e-3} if options is None and optimizer == "adam" else options or {}
-    start = {"problem": "digits", "batch": 64, "seed": seed, "optimizer": optimizer, "label": optimizer}
-    return {
-        **start,
-        "options": options,
-        "epochs": 3,
-        "status": status,
-        "reason": None,
-        "losses": losses,
-        "seconds": seconds or [1.0] * len(losses),
-        "held_out_losses": [loss and 10 * loss for loss in losses],
-        "held_out_accuracies": accuracies or [None] * len(losses),
-        "device": "CPU",
-        "jobs": 1,
-        "threads": 2,
-        **more,
-    }
 
 
 def _by_key(*rows):
@@ -77,11 +49,11 @@ def test_best_options_have_the_lowest_loss_reached_of_those_that_neither_diverge
     from runs import best_options
 
     rows = [
-        _row([0.5, 0.2, 0.4], options={"learning_rate": 1e-3}),
-        _row([0.5, 0.3, 0.3], options={"learning_rate": 3e-3}),
-        _row([0.1, None], options={"learning_rate": 1e-2}, status="diverged"),
-        _row([], options={"learning_rate": 3e-2}, status="failed"),
-        _row([0.01], options={"learning_rate": 3e-4}, seed=1),
+        make_row([0.5, 0.2, 0.4], options={"learning_rate": 1e-3}),
+        make_row([0.5, 0.3, 0.3], options={"learning_rate": 3e-3}),
+        make_row([0.1, None], options={"learning_rate": 1e-2}, status="diverged"),
+        make_row([], options={"learning_rate": 3e-2}, status="failed"),
+        make_row([0.01], options={"learning_rate": 3e-4}, seed=1),
     ]
     assert best_options(rows) == {"learning_rate": 1e-3}
     assert best_options(rows[2:]) is None
@@ -92,7 +64,7 @@ def test_best_rate_of_another_seed_waits_for_all_rates_of_the_search_seed():
     from runs import ready
 
     plan = make_plan(["digits"], [64], [1], ["adam"], epochs=3)
-    rows = [_row([rate], options={"learning_rate": rate}) for rate in RATES]
+    rows = [make_row([rate], options={"learning_rate": rate}) for rate in RATES]
     assert plan[-1].options is None and ready(plan[-1], _by_key(*rows[1:])) is None
     assert ready(plan[-1], _by_key(*rows)) == replace(plan[-1], options={"learning_rate": min(RATES)})
     for row in rows:
@@ -108,7 +80,7 @@ def test_damaged_lines_are_named_and_kept_and_the_last_row_of_a_key_counts(tmp_p
     from runs import Results
 
     path = tmp_path / "results.jsonl"
-    rows = [_row([0.5]), _row([0.4]), _row([0.3], seed=1)]
+    rows = [make_row([0.5]), make_row([0.4]), make_row([0.3], seed=1)]
     lines = [json.dumps(rows[0]), "{broken", json.dumps(rows[1]), '{"problem": "digits"}', "[]", '{"seed": 7']
     path.write_text("\n".join(lines))  # The last line was cut short.
     results = Results(path)
@@ -119,25 +91,6 @@ def test_damaged_lines_are_named_and_kept_and_the_last_row_of_a_key_counts(tmp_p
     assert path.read_text().splitlines() == [*lines, json.dumps(rows[2])]
     assert Results(path).rows == results.rows == _by_key(rows[1], rows[2])
     assert Results(tmp_path / "none").warning() is None
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """Runs that end at once, their loss the rate; the list of those started. A run of `stop_at` is interrupted."""
-    execution = pytest.importorskip("execution")
-    started = SimpleNamespace(runs=[], stop_at=None)
-
-    def start(run, threads):
-        if len(started.runs) == started.stop_at:
-            raise KeyboardInterrupt
-        started.runs.append(run)
-        row = {**_row([(run.options or {}).get("learning_rate", 0.5)]), **vars(run)}
-        process = SimpleNamespace(poll=lambda: 0, kill=lambda: None, wait=lambda: None)
-        return SimpleNamespace(run=run, process=process, row=lambda: row)
-
-    monkeypatch.setattr(execution, "_start", start)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    return started
 
 
 def _command(path, *arguments):
@@ -170,7 +123,7 @@ def test_failed_runs_are_kept_and_made_again_only_if_told(started, tmp_path):
 
     path, arguments = tmp_path / "results.jsonl", ("--batch-sizes", "64", "--seeds", "0", "--optimizers", "kpsvd")
     run = make_plan(["digits"], [64], [0], ["kpsvd"])[0]
-    Results(path).append({**_row([], status="failed"), **vars(run)})
+    Results(path).append({**make_row([], status="failed"), **vars(run)})
     assert _command(path, *arguments) == 0 and started.runs == []
     assert _command(path, *arguments, "--again") == 0 and started.runs == [run]
 
@@ -204,9 +157,9 @@ def test_expected_time_comes_from_the_runs_most_alike():
     from execution import expected_seconds
 
     digits, curves = make_plan(["digits", "curves"], [64], [0], ["kpsvd"], epochs=10)
-    alike = _row([1, 1], optimizer="kpsvd", wall_seconds=4)
-    other_batch = _row([1], optimizer="kpsvd", wall_seconds=7) | {"batch": 1024}
-    adam = _row([1], wall_seconds=1)
+    alike = make_row([1, 1], optimizer="kpsvd", wall_seconds=4)
+    other_batch = make_row([1], optimizer="kpsvd", wall_seconds=7) | {"batch": 1024}
+    adam = make_row([1], wall_seconds=1)
     assert expected_seconds(digits, [adam, other_batch, alike]) == 20
     assert expected_seconds(digits, [adam, other_batch]) == 70
     assert expected_seconds(curves, [adam]) == 10
@@ -255,23 +208,23 @@ def test_label_is_made_of_the_options_and_threads_of_the_jobs(monkeypatch):
 def test_race_counts_epochs_and_seconds_to_adams_lowest_loss():
     from defaults import race
 
-    adam = _row([0.9, 0.3, 0.4], [2.0, 1.0, 2.0])
-    result = race(_row([0.8, 0.5, 0.3, 0.1], [6.0, 2.0, 3.0, 3.0], optimizer="kpsvd"), adam)
+    adam = make_row([0.9, 0.3, 0.4], [2.0, 1.0, 2.0])
+    result = race(make_row([0.8, 0.5, 0.3, 0.1], [6.0, 2.0, 3.0, 3.0], optimizer="kpsvd"), adam)
     assert (result["epochs"], result["seconds"]) == (3, 11.0)
     assert result["epochs_ratio"] == pytest.approx(3 / 2) and result["seconds_ratio"] == pytest.approx(11 / 3)
     assert result["epoch_seconds_ratio"] == pytest.approx(3 / 1.5)
     assert not result["ends_above"]
-    never = race(_row([0.8, None], optimizer="kpsvd", status="diverged"), adam)
+    never = race(make_row([0.8, None], optimizer="kpsvd", status="diverged"), adam)
     assert never["epochs"] is never["seconds"] is never["seconds_ratio"] is None and never["ends_above"]
-    assert race(_row([0.2, 0.41], optimizer="kpsvd"), adam)["ends_above"]
-    assert not race(_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
+    assert race(make_row([0.2, 0.41], optimizer="kpsvd"), adam)["ends_above"]
+    assert not race(make_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
 
 
 def test_race_looks_at_the_last_epoch_that_ended_within_adams_time():
     from defaults import race
 
-    adam = _row([0.9, 0.3], [2.0, 2.0])
-    own = _row([0.5, 0.4, 0.2], [3.0, 1.0, 1.0], optimizer="kpsvd", accuracies=[0.1, 0.2, 0.3])
+    adam = make_row([0.9, 0.3], [2.0, 2.0])
+    own = make_row([0.5, 0.4, 0.2], [3.0, 1.0, 1.0], optimizer="kpsvd", accuracies=[0.1, 0.2, 0.3])
     assert (race(own, adam)["held_out_loss"], race(own, adam)["held_out_accuracy"]) == (4.0, 0.2)
     own["seconds"] = [4.5, 1.0, 1.0]
     assert race(own, adam)["held_out_loss"] is race(own, adam)["held_out_accuracy"] is None
@@ -282,17 +235,19 @@ def test_race_looks_at_the_last_epoch_that_ended_within_adams_time():
 def test_table_pairs_seeds_and_takes_medians_with_never_as_infinite():
     from defaults import summarise
 
-    rates = [_row([loss], options={"learning_rate": rate}) for rate, loss in ((3e-4, 0.9), (1e-3, 0.2), (3e-3, 0.5))]
+    rates = [
+        make_row([loss], options={"learning_rate": rate}) for rate, loss in ((3e-4, 0.9), (1e-3, 0.2), (3e-3, 0.5))
+    ]
     rows = _by_key(
         *rates,
-        _row([0.4], seed=1),
-        _row([0.6], seed=2),
-        _row([0.9], options={"learning_rate": 3e-4}, seed=1),  # of an earlier search: not at the best rate
-        _row([0.3, 0.1], [3.0, 1.0], optimizer="kpsvd"),
-        _row([0.3, 0.25], [2.0, 1.0], optimizer="kpsvd", seed=1),
-        _row([0.9, 0.8], optimizer="kpsvd", seed=2),
-        _row([0.1], optimizer="kpsvd", seed=3),  # no Adam on this seed
-        _row([0.5, None], optimizer="kpsvd", options={"method": "kfac"}, status="diverged"),
+        make_row([0.4], seed=1),
+        make_row([0.6], seed=2),
+        make_row([0.9], options={"learning_rate": 3e-4}, seed=1),  # of an earlier search: not at the best rate
+        make_row([0.3, 0.1], [3.0, 1.0], optimizer="kpsvd"),
+        make_row([0.3, 0.25], [2.0, 1.0], optimizer="kpsvd", seed=1),
+        make_row([0.9, 0.8], optimizer="kpsvd", seed=2),
+        make_row([0.1], optimizer="kpsvd", seed=3),  # no Adam on this seed
+        make_row([0.5, None], optimizer="kpsvd", options={"method": "kfac"}, status="diverged"),
     )
     adam, kfac, plain = sorted(summarise(rows), key=lambda line: (line["label"], line["options"] == "{}"))
     assert json.loads(adam["options"]) == {"learning_rate": 1e-3}
@@ -310,11 +265,11 @@ def test_table_keeps_problems_batches_and_epochs_apart_and_flags_what_cannot_be_
     from defaults import summarise
 
     rows = _by_key(
-        _row([0.5], options={"learning_rate": 3e-4}),
-        _row([0.4], optimizer="kpsvd", jobs=2),
-        _row([0.4], optimizer="kpsvd") | {"batch": 1024},
-        _row([0.4], optimizer="kpsvd") | {"epochs": 9},
-        _row([0.4], optimizer="kpsvd") | {"problem": "curves"},
+        make_row([0.5], options={"learning_rate": 3e-4}),
+        make_row([0.4], optimizer="kpsvd", jobs=2),
+        make_row([0.4], optimizer="kpsvd") | {"batch": 1024},
+        make_row([0.4], optimizer="kpsvd") | {"epochs": 9},
+        make_row([0.4], optimizer="kpsvd") | {"problem": "curves"},
     )
     lines = summarise(rows)
     assert [(line["problem"], line["batch"], line["epochs"], line["label"]) for line in lines] == [
@@ -331,9 +286,9 @@ def test_table_keeps_problems_batches_and_epochs_apart_and_flags_what_cannot_be_
 def test_best_rate_at_the_end_of_the_range_is_flagged():
     from defaults import RATES, summarise
 
-    rows = [_row([rate], options={"learning_rate": rate}) for rate in RATES]
+    rows = [make_row([rate], options={"learning_rate": rate}) for rate in RATES]
     assert summarise(_by_key(*rows))[0]["flags"] == "best rate at the edge"
-    rows[2] = _row([0.0001], options={"learning_rate": RATES[2]})
+    rows[2] = make_row([0.0001], options={"learning_rate": RATES[2]})
     assert summarise(_by_key(*rows))[0]["flags"] == ""
 
 
@@ -344,10 +299,10 @@ def test_printed_table_and_csv_hold_the_same_numbers_and_the_verdict_counts_wins
     path = tmp_path / "results.jsonl"
     results = Results(path)
     for row in (
-        _row([0.5, 0.4], [2.0, 1.0]),
-        _row([0.4, 0.3], [4.0, 2.0], optimizer="kpsvd"),
-        _row([0.5, 0.4]) | {"batch": 1024},
-        _row([0.9, 0.8], optimizer="kpsvd") | {"batch": 1024},
+        make_row([0.5, 0.4], [2.0, 1.0]),
+        make_row([0.4, 0.3], [4.0, 2.0], optimizer="kpsvd"),
+        make_row([0.5, 0.4]) | {"batch": 1024},
+        make_row([0.9, 0.8], optimizer="kpsvd") | {"batch": 1024},
     ):
         results.append(row)
     assert table_command(parse_arguments(["table", "--results", str(path)])) == 0

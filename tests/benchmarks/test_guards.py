@@ -2,19 +2,11 @@
 
 import csv
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 INPUTS = 150  # and a bias: more rows than are inverted whole
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch):
-    """Lets tests import the benchmarks' modules, which are scripts and not a package, by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def _build(layers=1):

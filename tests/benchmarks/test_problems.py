@@ -16,12 +16,6 @@ ROOT = Path(__file__).parents[2]
 PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep")
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_importable(monkeypatch):
-    """Lets tests import the benchmarks' modules, which are scripts and not a package, by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def test_recorder_counts_training_alone_and_stops_at_the_first_loss_that_is_not_finite(monkeypatch):
     import problems
 

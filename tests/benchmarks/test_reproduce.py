@@ -1,0 +1,329 @@
+"""The plan of the evidence, its file, and the commands that make runs of it, say how far they are, and report."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from .conftest import make_row
+
+ROOT = Path(__file__).parents[2]
+CONTESTANTS = ("sgd", "adam", "adamw", "muon", "kfac", "kpsvd", "deflation", "lanczos", "kfac_corrected")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The quick scale with two problems' comparison of three contestants, two settings each, and two seeds."""
+    import plans
+
+    sizes = {"digits": plans.Size(96, 32, 2, seeds=2), "narrow": plans.Size(96, 32, 1, seeds=1)}
+    ablation = {"digits": plans.Size(96, 32, 2, seeds=1)}
+    monkeypatch.setattr(plans, "FURTHER_METHODS", ("kfac",))
+    scale = plans.Scale(2, sizes, errors={"digits": plans.Size(96, 32, 2, 1)}, ablation=ablation, methods=("kfac",))
+    monkeypatch.setitem(plans.SCALES, "quick", scale)
+    few = {name: plans.CONTESTANTS[name] for name in ("adam", "kfac")}
+    monkeypatch.setattr(plans, "CONTESTANTS", few)
+
+
+def _main(path, command, *arguments):
+    from reproduce import main
+
+    return main([command, "--quick", "--results", str(path), *arguments])
+
+
+# The plan
+
+
+def test_every_contestant_is_tried_with_as_many_settings_and_runs_on_as_many_seeds():
+    import contestants
+    from plans import SCALES, make_plan
+
+    assert tuple(contestants.CONTESTANTS) == CONTESTANTS
+    plan = [run for run in make_plan("standard") if run.study == "comparison"]
+    assert {run.problem for run in plan} == {"curves", "mnist", "faces", "conv"}
+    searched = Counter((run.problem, run.label) for run in plan if run.seed == 0)
+    chosen = Counter((run.problem, run.label) for run in plan if run.seed != 0)
+    assert set(searched.values()) == {SCALES["standard"].settings} and set(chosen.values()) == {2}
+    assert len(searched) == len(chosen) == 4 * len(CONTESTANTS)
+    assert all((run.options is None) == (run.seed != 0) for run in plan)
+    assert all(run.options is not None or len(run.grid) == 3 for run in plan)
+
+
+@pytest.mark.parametrize("scale", ["quick", "standard", "paper"])
+def test_no_two_runs_of_a_plan_have_the_same_name_and_a_file_brings_the_plan_back(scale, tmp_path):
+    from plans import make_plan, read_plan, same, write_plan
+
+    plan = make_plan(scale)
+    assert len({run.key for run in plan}) == len(plan)
+    write_plan(tmp_path / "plan.json", scale, plan)
+    found_scale, found = read_plan(tmp_path / "plan.json")
+    assert found_scale == scale and same(found, plan) and [run.key for run in found] == [run.key for run in plan]
+    assert not same(found[:-1], plan) and not same([replace(found[0], epochs=999), *found[1:]], plan)
+
+
+def test_settings_are_arguments_that_the_optimizers_take():
+    import contestants
+
+    for contestant in contestants.CONTESTANTS.values():
+        for options in contestant.grid:
+            config = contestants.make_optimizer(contestant.optimizer, options).get_config()
+            assert all(config[name] == pytest.approx(value) for name, value in options.items())
+
+
+def test_ablation_changes_one_thing_at_a_time():
+    from contestants import METHODS
+    from plans import ablation_cases
+
+    cases = list(ablation_cases(64, METHODS, exact=True))
+    changed = {
+        "damping": {"damping_rule", "damping"},
+        "indefinite": {"indefinite"},
+        "interval": {"curvature_interval", "inverse_interval"},
+        "batch": {"fisher_batch_size"},
+        "fisher": {"fisher"},
+    }
+    for label, options in cases:
+        assert options.keys() - {"method"} <= changed[label.partition(":")[0]]
+    methods = {aspect: {o["method"] for label, o in cases if label.startswith(aspect)} for aspect in changed}
+    assert methods["damping"] == set(METHODS)
+    assert methods["indefinite"] == {"deflation", "lanczos", "kfac_corrected"}
+    by_label = {}
+    for label, options in cases:
+        by_label.setdefault(label, []).append({k: v for k, v in options.items() if k != "method"})
+    assert by_label["damping: factor, λ=0.03"] == [{"damping_rule": "factor", "damping": 0.03}] * 5
+    assert {o["curvature_interval"] for label, own in by_label.items() if "interval" in label for o in own} == {
+        5,
+        20,
+        100,
+    }
+    assert by_label["batch: quarter"][0] == {"fisher_batch_size": 16}
+    assert by_label["batch: whole"][0] == {"fisher_batch_size": 64}
+    assert not any("exact" in label for label, _ in ablation_cases(64, METHODS, exact=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{broken", "holds no plan"),
+        ("[]", "holds no plan"),
+        ({"format": 99, "scale": "quick", "runs": []}, "format 99"),
+        ({"format": 1, "scale": "quick", "runs": [{"problem": "digits"}]}, "another version"),
+        ({"format": 1, "scale": "huge", "runs": []}, "another version"),
+        ("unknown optimizer", "another version"),
+        ("other sizes", "--replan"),
+        ("other scale", "scale 'standard'"),
+    ],
+)
+def test_a_plan_of_another_version_is_one_line_and_nothing_is_overwritten(content, words, started, tmp_path, capsys):
+    from plans import make_plan
+
+    plan = [asdict(run) for run in make_plan("quick")]
+    if content == "unknown optimizer":
+        content = {"format": 1, "scale": "quick", "runs": [plan[0] | {"optimizer": "lion"}]}
+    elif content == "other sizes":
+        content = {"format": 1, "scale": "quick", "runs": plan[:-1]}
+    elif content == "other scale":
+        content = {"format": 1, "scale": "standard", "runs": plan}
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "runs.jsonl").write_text("kept\n")
+    assert _main(tmp_path, "run") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and words in errors[0]
+    assert (tmp_path / "plan.json").read_text() == text and (tmp_path / "runs.jsonl").read_text() == "kept\n"
+    assert started.runs == []
+
+
+# The commands
+
+
+def test_plan_stands_before_anything_runs_and_an_interrupted_command_goes_on(small, started, tmp_path, capsys):
+    from plans import read_plan
+
+    started.stop_at = 0
+    assert _main(tmp_path, "run", "--studies", "comparison") == 130
+    _, plan = read_plan(tmp_path / "plan.json")
+    assert len(plan) == 2 * 3 + 2 * 2 + 1 + 12 and not (tmp_path / "runs.jsonl").exists()
+    started.stop_at = 4
+    assert _main(tmp_path, "run", "--studies", "comparison") == 130
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+    assert not (tmp_path / "running.json").exists()
+    started.stop_at = None
+    assert _main(tmp_path, "run", "--studies", "comparison") == 0
+    assert len(started.runs) == 10 and len({run.key for run in started.runs}) == 10
+    assert _main(tmp_path, "run", "--studies", "comparison") == 0 and len(started.runs) == 10
+    assert "10 asked for, 10 of them found" in capsys.readouterr().out
+    best = [run.options for run in started.runs if run.seed == 1 and run.label == "adam"]
+    assert best == [{"learning_rate": 1e-3}]  # The stand-in's loss is the rate.
+
+
+def test_only_what_is_asked_for_runs(small, started, tmp_path):
+    assert _main(tmp_path, "run", "--problems", "digits", "--optimizers", "adam") == 0
+    assert {(run.study, run.problem, run.label) for run in started.runs} == {("comparison", "digits", "adam")}
+    assert len(started.runs) == 3
+
+
+def test_runs_that_differ_in_name_only_are_made_once(small, started, tmp_path):
+    from runs import Results
+
+    assert _main(tmp_path, "run", "--studies", "ablation", "--problems", "digits") == 0
+    made = Counter(json.dumps(run.options, sort_keys=True) for run in started.runs)
+    assert set(made.values()) == {1}
+    rows = Results(tmp_path / "runs.jsonl").rows.values()
+    shared = [row for row in rows if row.get("shared")]
+    assert len(rows) == len(started.runs) + len(shared) == 12
+    assert [row["label"] for row in shared] == ["fisher: sampled"]
+    (twin,) = (row for row in rows if row["label"] == "damping: sqrt, adaptive λ")
+    assert {k: v for k, v in shared[0].items() if k not in ("label", "shared")} == {
+        k: v for k, v in twin.items() if k != "label"
+    }
+
+
+def test_runs_under_other_conditions_are_no_twins(small, started, tmp_path):
+    assert _main(tmp_path, "run", "--studies", "comparison", "--problems", "digits", "--jobs", "2") == 0
+    number = len(started.runs)
+    assert _main(tmp_path, "run", "--studies", "ablation", "--problems", "digits") == 0
+    assert {"method": "kfac"} in [run.options for run in started.runs[number:]]
+
+
+def test_a_plan_put_in_the_place_of_another_keeps_all_results(small, started, tmp_path, monkeypatch):
+    import contestants
+    import plans
+
+    assert _main(tmp_path, "run", "--problems", "narrow") == 0
+    before = (tmp_path / "runs.jsonl").read_text()
+    sgd = contestants.Contestant("sgd", "sgd", ({"learning_rate": 0.1},))
+    monkeypatch.setattr(plans, "CONTESTANTS", plans.CONTESTANTS | {"sgd": sgd})
+    assert _main(tmp_path, "run", "--problems", "narrow") == 2
+    number = len(started.runs)
+    assert _main(tmp_path, "run", "--problems", "narrow", "--replan") == 0
+    assert [run.label for run in started.runs[number:]] == ["sgd"]
+    assert (tmp_path / "runs.jsonl").read_text().startswith(before)
+
+
+def test_failed_and_diverged_runs_are_rows_and_a_grid_without_any_other_is_left_out(small, started, tmp_path, capsys):
+    from plans import make_plan
+    from runs import Results
+
+    results = Results(tmp_path / "runs.jsonl")
+    for run in make_plan("quick"):
+        if run.problem == "digits" and run.label == "adam" and run.options:
+            results.append({**make_row([], status="failed"), **asdict(run), "reason": "no memory"})
+    assert _main(tmp_path, "run", "--studies", "comparison", "--problems", "digits", "--optimizers", "adam") == 0
+    assert started.runs == []
+    assert _main(tmp_path, "status") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("failed: comparison digits adam seed 0: no memory") == 2
+
+
+def test_status_counts_what_is_through_running_and_left(small, started, tmp_path, capsys):
+    assert _main(tmp_path, "status") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert _main(tmp_path, "run", "--problems", "digits", "--studies", "comparison") == 0
+    running = {"process": os.getppid(), "at": 0, "runs": ["digits, batch 32"]}
+    (tmp_path / "running.json").write_text(json.dumps(running))
+    capsys.readouterr()
+    assert _main(tmp_path, "status") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "comparison   digits      6 of 6 through" in printed
+    assert "comparison   narrow      0 of 4 through" in printed
+    assert "ablation     digits      0 of 12 through" in printed and "running: digits, batch 32" in printed
+    # Stand-ins take 2 s an epoch: 4 runs of 1 epoch, 12 and 1 of 2.
+    assert printed[-1] == "17 runs left, about 60 s"
+    assert _main(tmp_path, "run") == 2 and "already" in capsys.readouterr().err
+    running["process"] = 2**22 + 1  # beyond Linux's largest: a process that is gone
+    (tmp_path / "running.json").write_text(json.dumps(running))
+    assert _main(tmp_path, "run", "--problems", "narrow") == 0
+
+
+def test_a_damaged_result_is_one_line_of_warning_and_the_others_are_kept(small, started, tmp_path, capsys):
+    assert _main(tmp_path, "run", "--problems", "narrow") == 0
+    path = tmp_path / "runs.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0][:50] + "\n", *lines[1:]]))
+    capsys.readouterr()
+    number = len(started.runs)
+    assert _main(tmp_path, "run", "--problems", "narrow") == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "damaged" in errors[0] and "line 1" in errors[0]
+    assert len(started.runs) == number + 1 and path.read_text().startswith(lines[0][:50] + "\n" + lines[1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--problems", "nonesuch"],
+        ["run", "--optimizers", "lion"],
+        ["run", "--studies", "all"],
+        ["run", "--jobs", "0"],
+        ["run", "--quick", "--paper"],
+        ["draw"],
+        [],
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_status_2(arguments, capsys):
+    from reproduce import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    errors = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(errors) == 1 and "error" in errors[0]
+
+
+def test_what_waits_for_settings_that_nobody_tries_ends_the_command(started, tmp_path):
+    from execution import execute
+    from plans import make_plan
+    from runs import Results
+
+    waiting = [run for run in make_plan("standard") if run.options is None][:2]
+    assert execute(waiting, Results(tmp_path / "runs.jsonl"), 1, 1) == []
+
+
+def test_report_of_no_result_says_so(small, started, tmp_path, capsys):
+    assert _main(tmp_path, "run", "--problems", "narrow", "--optimizers", "adam") == 0
+    (tmp_path / "runs.jsonl").unlink()
+    assert _main(tmp_path, "report") == 1 and "no results" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_plan_to_report_with_real_runs(small, tmp_path, capsys, monkeypatch):
+    """The errors between epochs cost no time on the clock, and leave the training as it is."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    assert _main(tmp_path, "run", "--problems", "digits", "--studies", "comparison", "errors") == 0
+    from runs import Results
+
+    rows = Results(tmp_path / "runs.jsonl").rows.values()
+    (studied,) = (row for row in rows if row["study"] == "errors")
+    assert {result["epoch"] for result in studied["fisher"]} == {0, 1, 2}
+    (same,) = (row for row in rows if row["options"] == {"method": "kfac"} and row["seed"] == 0 and row is not studied)
+    assert studied["losses"] == same["losses"] and studied["held_out_losses"] == same["held_out_losses"]
+    assert _main(tmp_path, "report") == 0
+    assert "adam" in capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    figures = {line.split("](")[1].rstrip(")") for line in report.splitlines() if line.startswith("![")}
+    assert {"errors.png", "singular_values.png", "losses_digits.png"} <= figures
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in figures)
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_whole_results_and_goes_on(tmp_path):
+    """SIGKILL in the middle of a run, through the real command line."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "run", "--quick", "--results", str(tmp_path)]
+    command += ["--problems", "conv", "--optimizers", "sgd", "adam"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        while "[1/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+    before = (tmp_path / "runs.jsonl").read_text()
+    assert len(before.splitlines()) == 1
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of them found" in done.stdout
+    after = (tmp_path / "runs.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 2
+    assert [json.loads(line)["label"] for line in after.splitlines()] == ["sgd", "adam"]
