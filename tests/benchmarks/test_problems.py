@@ -142,6 +142,33 @@ def test_both_optimizers_train_and_leave_a_whole_row(name, changes, tmp_path):
     assert len(Results(tmp_path / "results").rows) == 1
 
 
+def test_training_hooks_nothing_to_single_batches_and_watches_off_the_clock(monkeypatch):
+    import keras
+    import problems
+
+    batch_hooks = [(kind, end) for kind in ("train", "test") for end in ("begin", "end")]
+    now, seen, asked = [0.0], [], []
+    monkeypatch.setattr(problems.time, "perf_counter", lambda: now[0])
+
+    def watch(model, x, epoch):
+        now[0] += 100.0
+        seen.append((epoch, len(x)))
+
+    fit = keras.Sequential.fit
+
+    def spied(model, *arguments, callbacks, **more):
+        hooks = [getattr(one, f"on_{kind}_batch_{end}") for one in callbacks for kind, end in batch_hooks]
+        asked.extend(hook.__func__.__qualname__ for hook in hooks)
+        return fit(model, *arguments, callbacks=callbacks, **more)
+
+    monkeypatch.setattr(keras.Sequential, "fit", spied)
+    recorder = problems.Recorder()
+    problems.PROBLEMS["digits"].train(lambda: keras.optimizers.Adam(), 32, 0, 2, recorder, 64, watch)
+    assert set(asked) == {f"Callback.on_{kind}_batch_{end}" for kind, end in batch_hooks}
+    assert seen == [(0, 64), (1, 64), (2, 64)]
+    assert recorder.seconds == [0.0, 0.0] and recorder.setup_seconds == 0.0
+
+
 def test_run_that_diverges_or_fails_is_a_row_with_its_reason():
     from runs import check_row, train
 
