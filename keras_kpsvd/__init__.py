@@ -1,6 +1,6 @@
 """Natural-gradient training of Keras models with Kronecker-product-SVD approximations of the Fisher matrix."""
 
-from keras_kpsvd import datasets
+from keras_kpsvd import callbacks, datasets
 from keras_kpsvd.curvature.approximations import approximate_fisher, exact_fisher
 from keras_kpsvd.curvature.diagnostics import fisher_errors
 from keras_kpsvd.curvature.samples import fisher_samples
@@ -17,6 +17,7 @@ __all__ = [
     "KPSVDDense",
     "KPSVDEinsumDense",
     "approximate_fisher",
+    "callbacks",
     "datasets",
     "exact_fisher",
     "fisher_errors",

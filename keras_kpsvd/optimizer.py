@@ -26,6 +26,7 @@ from keras_kpsvd.arguments import (
 from keras_kpsvd.averages import AveragesOfStepsTaken
 from keras_kpsvd.curvature.approximations import check_method
 from keras_kpsvd.curvature.natural_gradient import NaturalGradient, Proposal, StepOptions
+from keras_kpsvd.curvature.observation import Observer
 from keras_kpsvd.curvature.replicas import JointPass, joint_pass
 from keras_kpsvd.curvature.samples import check_fisher
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
@@ -183,6 +184,7 @@ class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
         self._fitted: frozenset = frozenset()
         self._coefficients: StepCoefficients | None = None
         self._saved: SavedState | None = None
+        self.observer: Observer | None = None  # Set by `callbacks.CurvatureMonitor`; traced into the step.
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Creates all state, finds the instrumented layers that own `variables`, and attaches to them."""
@@ -315,7 +317,8 @@ class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
             return Proposal({}, None, [], [], tf.constant(True))
         of_layers: Direction = {block.layer: [tf.convert_to_tensor(g) for g in of_blocks[block]] for block in blocks}
         previous = self._last_step(of_layers) if self._natural.follows else None
-        return self._natural.propose(joint, blocks, of_layers, previous, learning_rate, self._iterations.value)
+        iterations = self._iterations.value
+        return self._natural.propose(joint, blocks, of_layers, previous, learning_rate, iterations, self.observer)
 
     def _last_step(self, layers: Iterable[RecordingLayer]) -> Direction:
         # None for variables that Keras overwrites with their gradients (scales of float8).

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
 from keras_kpsvd.curvature.failures import Failures
+from keras_kpsvd.curvature.observation import Observer, StepValues, block_names
 from keras_kpsvd.curvature.placement import spread
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.replicas import JointPass
@@ -97,6 +98,7 @@ class NaturalGradient:
             for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
         ]
         self._place = {block: place for place, block in enumerate(blocks)}
+        self._names = block_names(blocks)
         self.failures = Failures([block.layer.name for block in blocks], add_variable)
 
     @property
@@ -116,6 +118,7 @@ class NaturalGradient:
         previous: Direction | None,
         learning_rate: tf.Tensor,
         iterations: tf.Tensor,
+        observer: Observer | None = None,
     ) -> Proposal:
         """Refreshes and inverts what is due, then computes a step.
 
@@ -126,25 +129,29 @@ class NaturalGradient:
             previous: their part of the last step; None where it is not kept.
             learning_rate: the given one; of no meaning with the adaptive rate.
             iterations: the optimizer's count, which draws are seeded with.
+            observer: sees refreshes; None adds nothing to the step.
         """
         options = self.options
         seed = tf.stack([tf.constant(options.seed, tf.int64), tf.cast(iterations, tf.int64)])
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
-        self._refresh(joint, blocks, seed, places)
+        observed = self._refresh(joint, blocks, seed, places, observer)
         rebuilt = self._invert(blocks, places)
+        if observed is not None:
+            observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
         directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
         parts = [inner({one: directions[one]}, gradients) for one in directions]
         descent = tf.add_n(parts)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
         overlap, trusted = tf.constant(0.0), tf.constant(1.0)
+        scale = trusted
         if previous is not None:
             overlap = inner(gradients, previous)
         control = []
         if options.adaptive and joint is not None:
             slopes = tf.stack([descent, overlap])
             step, trusted, kept, fit = self._fit(joint, [directions, previous], slopes, rebuilt, seed)
-            rate, momentum = step
+            (rate, momentum), scale = step, trusted
             control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
         elif not options.adaptive and options.kl_clip is not None:
             scale = tf.sqrt(tf.math.divide_no_nan(options.kl_clip, rate * rate * descent))
@@ -157,6 +164,9 @@ class NaturalGradient:
             state = (self._slope, self._damping, self._slope_averages)
             values = control_after(*(one.value for one in state), overlap, slope, trusted)
             control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
+        if observed is not None:
+            values = StepValues(self.updates.value, self._current_damping(), rate, momentum, scale)
+            observer.step_is_computed(observed, values)
         finite = [tf.math.is_finite(part) for part in parts]
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
         step = None if options.nesterov else StepCoefficients(rate, momentum)
@@ -185,21 +195,43 @@ class NaturalGradient:
         blocks: list[LayerCurvature],
         seed: tf.Tensor,
         places: dict[RecordingLayer, str | None],
-    ) -> None:
-        """Draws samples and folds them into the factors, on updates where that is due; others compute nothing."""
+        observer: Observer | None,
+    ) -> tf.Tensor | None:
+        """Draws samples and folds them into the factors, on updates where that is due; others compute nothing.
+
+        Returns:
+            What `observer` observes the rest of the step by; None without one.
+        """
         if joint is None:
-            return
+            return None
+
+        def nothing() -> tf.Tensor:
+            return tf.constant(False) if observer is None else tf.constant(0)
 
         def refresh() -> tf.Tensor:
-            rows = functools.partial(refresh_rows, self.options.method, wanted=self.options.fisher_batch_size)
-            calls = joint.calls(self.options.fisher, seed, rows, places)
+            drawn = 1
+
+            def rows(shapes: list[tuple[int, int]], positions: int | None, repeats: int) -> int | None:
+                nonlocal drawn
+                drawn = repeats
+                return refresh_rows(self.options.method, shapes, positions, self.options.fisher_batch_size, repeats)
+
+            observed = None if observer is None else observer.refresh_begins()
+            with tf.control_dependencies([] if observed is None else [observed]):
+                calls = joint.calls(self.options.fisher, seed, rows, places)
             present = [block for block in blocks if block.layer in calls]
             good = refresh_layers(present, calls, places)
             self._next_refresh.assign(self.updates.value + self.options.curvature_interval)
             self.failures.of_refresh([self._place[block] for block in present], good)
-            return tf.constant(True)
+            if observed is None:
+                return tf.constant(True)
+            return observer.factors_are_averaged(observed, self._names_of(present), calls, good, places, drawn)
 
-        tf.cond(self.updates.value >= self._next_refresh.value, refresh, lambda: tf.constant(False))
+        observed = tf.cond(self.updates.value >= self._next_refresh.value, refresh, nothing)
+        return None if observer is None else observed
+
+    def _names_of(self, blocks: list[LayerCurvature]) -> dict[LayerCurvature, list[str]]:
+        return {block: self._names[block] for block in blocks}
 
     def _invert(self, blocks: list[LayerCurvature], places: dict[RecordingLayer, str | None]) -> tf.Tensor:
         """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""

@@ -121,7 +121,8 @@ class BlockCurvature:
         """What the values of `invert` are assigned to."""
         return [*self._inverses[0], *self._inverses[1], *self._second]
 
-    def _inverse_values(self) -> tuple[Inverse, Inverse]:
+    def inverses(self) -> tuple[Inverse, Inverse]:
+        """`A_λ⁻¹` and `G_λ⁻¹` of the preconditioner, the identity before the first."""
         tensors = [[tf.convert_to_tensor(variable) for variable in side] for side in self._inverses]
         return tuple(side[0] if len(side) == 1 else TruncatedInverse(*side) for side in tensors)
 
@@ -134,7 +135,7 @@ class BlockCurvature:
         """
         terms = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         second = [tf.convert_to_tensor(variable) for variable in self._second]
-        old = (*self._inverse_values(), *second)
+        old = (*self.inverses(), *second)
         try:
             return _kernels(self.options, self.shape).invert(terms, old, tf.convert_to_tensor(self.count) > 0, damping)
         except tf.errors.OpError:
@@ -143,7 +144,7 @@ class BlockCurvature:
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
-        inverses = self._inverse_values()
+        inverses = self.inverses()
         matrix = tf.cast(matrix, self.factors[0][0].dtype)
         if self.two_term:
             second = [tf.convert_to_tensor(variable) for variable in self._second]

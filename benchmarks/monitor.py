@@ -1,0 +1,185 @@
+"""What `CurvatureMonitor` costs: `fit` with it against the same `fit` without it.
+
+    python benchmarks/monitor.py [--rounds 7] [--epochs 10] [--quick] [--out benchmarks/results/monitor.csv]
+
+Two models of one network, with the same weights, data and seed, are trained side by side by stock `fit`, one of them
+with the monitor at its default budget, writing CSV and TensorBoard files. A round is one `fit` of each, of so many
+epochs, so that the monitor begins its budget anew in each; who comes first alternates. One epoch before the rounds
+traces both, and is in the table by itself. That the weights of both agree to the last bit is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from command_line import count
+from problems import PROBLEMS
+from runs import cores
+
+from keras_kpsvd import KPSVD
+from keras_kpsvd.callbacks import CurvatureMonitor
+
+RESULTS = Path(__file__).parent / "results" / "monitor.csv"
+PLAIN, WATCHED = "without", "with"
+CASES = (("mnist", 512, "kfac"), ("curves", 256, "kfac"), ("curves", 256, "kfac_corrected"), ("conv", 64, "kfac"))
+QUICK = CASES[:2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        epoch_ms: of a `fit` with the monitor divided by its epochs, the median over rounds.
+        ratio: of these to those without, of the same round, the median over rounds; above 1 the monitor costs time.
+        ratio_low, ratio_high: the least and the largest of the rounds.
+        observed: refreshes observed in one `fit`, median; and how many there were.
+        own_share: the monitor's own account of the time it spent, as a part of the time of its `fit`; the largest.
+        first_epoch_seconds: of the epoch before the rounds with the monitor and without it, tracing included.
+    """
+
+    network: str
+    method: str
+    batch: int
+    epoch_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    observed: float
+    refreshes: int
+    own_share: float
+    first_epoch_seconds: float
+    first_epoch_seconds_without: float
+    rounds: int
+    epochs: int
+    device: str
+    versions: str
+
+
+class Contestant:
+    """A model that is trained on, with or without a monitor."""
+
+    def __init__(self, problem: str, method: str, monitor: CurvatureMonitor | None):
+        of = PROBLEMS[problem]
+        self.model = of.build(0)
+        self.model.compile(KPSVD(method=method, seed=0), of.loss)
+        self.monitor = monitor
+
+    def fit(self, x: np.ndarray, y: np.ndarray, batch: int, epochs: int) -> float:
+        """The seconds of all of it."""
+        callbacks = [] if self.monitor is None else [self.monitor]
+        began = time.perf_counter()
+        self.model.fit(x, y, batch_size=batch, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+        return time.perf_counter() - began
+
+
+def compare(problem: str, batch: int, method: str, rounds: int, epochs: int, folder: Path) -> Row:
+    """Times one network.
+
+    Raises:
+        RuntimeError: the monitor changed the training.
+    """
+    x, y, *_ = PROBLEMS[problem].load(0)
+    whole = len(x) // batch * batch
+    x, y = x[:whole], y[:whole]
+    monitor = CurvatureMonitor(csv=folder / "curvature.csv", tensorboard=folder / "logs")
+    contestants = {PLAIN: Contestant(problem, method, None), WATCHED: Contestant(problem, method, monitor)}
+    first = {name: one.fit(x, y, batch, 1) for name, one in contestants.items()}
+    seconds: dict[str, list[float]] = {PLAIN: [], WATCHED: []}
+    observed, shares = [], []
+    for number in range(rounds):
+        for name in (PLAIN, WATCHED) if number % 2 else (WATCHED, PLAIN):
+            before = len(monitor.records)
+            total = contestants[name].fit(x, y, batch, epochs)
+            seconds[name].append(total / epochs)
+            if name == WATCHED:
+                layers = len({record["layer"] for record in monitor.records})
+                observed.append((len(monitor.records) - before) / layers)
+                shares.append(monitor.budget.seconds / total)
+    check_agreement(problem, *(one.model for one in contestants.values()))
+    ratios = [one / other for one, other in zip(seconds[WATCHED], seconds[PLAIN], strict=True)]
+    return Row(
+        problem,
+        method,
+        batch,
+        1e3 * median(seconds[WATCHED]),
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        median(observed),
+        len(x) // batch * epochs // KPSVD().curvature_interval,
+        max(shares),
+        first[WATCHED],
+        first[PLAIN],
+        rounds,
+        epochs,
+        f"CPU, {cores()} cores, {platform.machine()}",
+        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}",
+    )
+
+
+def check_agreement(case: str, plain: keras.Model, watched: keras.Model) -> None:
+    """Raises a RuntimeError where weights or optimizer states differ in any bit."""
+    pairs = zip(
+        [*plain.variables, *plain.optimizer.variables], [*watched.variables, *watched.optimizer.variables], strict=True
+    )
+    different = [one.path for one, other in pairs if not np.array_equal(one.numpy(), other.numpy(), equal_nan=True)]
+    if different:
+        raise RuntimeError(f"{case}: the monitor changed the training. Expected the same bits, but not in {different}.")
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    return (
+        f"{row.network}, {row.method}, batch {row.batch}: {row.ratio:.3f} ({row.ratio_low:.3f} … {row.ratio_high:.3f}) "
+        f"times the seconds of an epoch, {row.epoch_ms:.0f} ms; {row.observed:g} of {row.refreshes} refreshes "
+        f"observed, {100 * row.own_share:.2f} % by its own account; first epoch {row.first_epoch_seconds:.1f} s, "
+        f"without {row.first_epoch_seconds_without:.1f} s"
+    )
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """All lines as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for one in rows:
+            values = asdict(one).items()
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=count, help="fits of each (default: 7, quick 3)")
+    parser.add_argument("--epochs", type=count, help="of a fit (default: 10, quick 5)")
+    parser.add_argument("--quick", action="store_true", help="the two auto-encoders by kfac only")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    rounds, epochs = options.rounds or (3 if options.quick else 7), options.epochs or (5 if options.quick else 10)
+    rows: list[Row] = []
+    for case in QUICK if options.quick else CASES:
+        keras.backend.clear_session()
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(*case, rounds, epochs, Path(folder)))
+        print(line(rows[-1]), flush=True)
+        write(rows, options.out)
+    print(f"{rows[0].device}; {rows[0].versions}\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
