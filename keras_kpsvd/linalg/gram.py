@@ -52,6 +52,7 @@ class GramSystem(NamedTuple):
         extra_right: `[r, d_out, d_out]`, of 𝒢̂.
         weights: `W / scale`, `[N+r, N+r]`, float64.
         scale: float64 scalar, the unit of `weights`.
+        whole: the diagonal of `W / scale` before anything was subtracted, `[N]`; None where nothing was.
     """
 
     activation_rows: tf.Tensor
@@ -60,6 +61,7 @@ class GramSystem(NamedTuple):
     extra_right: tf.Tensor
     weights: tf.Tensor
     scale: tf.Tensor
+    whole: tf.Tensor | None = None
 
 
 def row_gram(rows: tf.Tensor, extra: tf.Tensor | None = None) -> tf.Tensor:
@@ -122,7 +124,8 @@ def gram_triples(
 
     Not guaranteed: `σ` below about 1e-6 `σ₁` (float32), 1e-13 `σ₁` (float64 with short rows), 1e-8 `√N σ₁`
     (float64 with more than 44 features and half-vectorised rows longer than four times the batch) is not resolved, and
-    returned as zero where it is noise.
+    returned as zero where it is noise; `σ₁` is `‖F‖_F` where that is larger, as it is where the subtracted terms leave
+    little.
     """
     dtype = activations.dtype
     tensors = [part for term in subtracted for part in term if part is not None]
@@ -189,6 +192,7 @@ def gram_system(
         tf.stack(extra_right) if extra else tf.zeros([0, d_out, d_out], activations.dtype),
         weights / scale,
         scale,
+        diagonal / scale if subtracted else None,
     )
 
 
@@ -203,7 +207,13 @@ def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.T
     values = tf.norm(moved, axis=0)
     x = divide_no_nan(moved, values)
     # Below the floor singular vectors are noise, no longer orthogonal to the first: adding them would raise the error.
-    values = tf.where(values > floor * values[0], values, tf.zeros_like(values))
+    # Where the subtracted terms leave nothing all of it is noise, which only the size of the whole can tell.
+    size = values[0]
+    if system.whole is not None:
+        rows = tf.shape(system.whole)[0]
+        whole = tf.matmul(factor_left[:rows], system.whole[:, tf.newaxis] * factor_right[:rows], transpose_a=True)
+        size = tf.maximum(size, tf.norm(whole))
+    values = tf.where(values > floor * size, values, tf.zeros_like(values))
     alphas = divide_no_nan(tf.matmul(weights, tf.matmul(factor_right, y)), values)
     betas = divide_no_nan(tf.matmul(weights, tf.matmul(factor_left, x), transpose_a=True), values)
     # Norms and products of vectors through C, not through C Cᵀ: coefficients grow like 1/σ and cancel.

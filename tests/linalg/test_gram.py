@@ -60,6 +60,25 @@ def test_what_is_left_of_one_example_adds_no_error(dtype, count):
     assert float(corrected.values[0]) < 1e-6 * float(triples.values[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count,d_in,d_out", [(8, 5, 2), (8, 4, 1), (5, 12, 2), (30, 3, 3), (40, 20, 2)])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_nothing_is_left_where_the_subtracted_term_is_all_there_is(dtype, count, d_in, d_out, known, scale):
+    """Gradients that do not depend on the activations, as of an output with squared error and the exact Fisher."""
+    rng = np.random.default_rng(count + d_in)
+    for _ in range(8):
+        activations = np.tile(np.tanh(rng.normal(size=(count, d_in))), (d_out, 1)).astype(dtype)
+        gradients = (scale * np.repeat(np.eye(d_out), count, axis=0)).astype(dtype)
+        operator = linalg.RearrangedFisher(activations[:, None], gradients[:, None])
+        A, G = (tf.constant(one) for one in reference.kfac_factors(activations[:, None], gradients[:, None]))
+        A, G = tf.cast(A, dtype), tf.cast(G, dtype)
+        rest = operator.deflate_kfac(A, G) if known else operator.deflate(A, G)
+        triples = linalg.gram_triples(tf.constant(activations), tf.constant(gradients), 2, subtracted=rest.subtracted)
+        terms = [float(v) * np.linalg.norm(p) * np.linalg.norm(q) for v, p, q in zip(*triples[:3], strict=True)]
+        assert max(terms) <= (1e-6 if dtype == "float32" else 1e-12) * np.linalg.norm(A) * np.linalg.norm(G)
+
+
 @pytest.mark.parametrize("c_a,c_g", [(1e-4, 1e4), (1e4, 1e4), (1e-4, 1e-4), (1e12, 1e-13), (1e-14, 1e4)])
 def test_scales_of_float32_do_not_matter(c_a, c_g):
     activations, gradients = _samples(cases.heavy_tailed, 24, 10, 6, "float32")
