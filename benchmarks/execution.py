@@ -117,6 +117,7 @@ def execute(
                     ended(chosen, {**twin, "study": chosen.study, "label": chosen.label, "shared": True})
                     continue
                 children.append(_start(chosen, threads))
+                print(f"running: {chosen}", flush=True)
                 tell([child.run for child in children])
             if not children and len(pending) == before:
                 break  # What is left waits for settings that nobody tries.

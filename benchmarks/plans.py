@@ -20,7 +20,6 @@ from runs import SEARCH_SEED, Run
 FORMAT = 1  # of plan files; another number is another version's
 STUDIES = ("comparison", "errors", "ablation")
 TWO_TERM_METHODS = ("deflation", "lanczos", "kfac_corrected")
-FURTHER_METHODS = ("kfac", "kfac_corrected")  # what is not of damping or the second term is ablated with these
 FIXED_DAMPING = 0.03  # where the adaptive one starts
 
 
@@ -36,13 +35,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of the three studies by problem, how many settings of each grid are tried, and what is ablated."""
+    """How large the three studies are.
+
+    Attributes:
+        settings: of each grid that are tried.
+        comparison, errors, ablation: sizes by problem.
+        methods: whose damping and second term are ablated.
+        further: whose intervals, batches and Fisher matrices are.
+    """
 
     settings: int
     comparison: Mapping[str, Size]
     errors: Mapping[str, Size] = field(default_factory=dict)
     ablation: Mapping[str, Size] = field(default_factory=dict)
     methods: tuple[str, ...] = METHODS
+    further: tuple[str, ...] = ("kfac", "kfac_corrected")
 
 
 SCALES = {
@@ -52,13 +59,14 @@ SCALES = {
         errors={"curves": Size(1_500, 256, 2, 1)},
         ablation={"digits": Size(512, 128, 4, 1)},
         methods=("kfac", "kfac_corrected"),
+        further=("kfac",),
     ),
     "standard": Scale(
         settings=3,
         comparison={
             "curves": Size(6_000, 256, 20),
             "mnist": Size(4_000, 512, 12),
-            "faces": Size(1_000, 256, 12),
+            "faces": Size(1_000, 256, 8),
             "conv": Size(2_000, 128, 8),
         },
         errors={"curves": Size(6_000, 256, 20, 1), "mnist": Size(4_000, 512, 12, 1)},
@@ -112,16 +120,19 @@ def _ablation(scale: Scale) -> Iterator[Run]:
     for problem, size in scale.ablation.items():
         classes = bool(PROBLEMS[problem].metrics)
         for seed in range(size.seeds):
-            for label, options in ablation_cases(size.batch, scale.methods, exact=classes):
+            for label, options in ablation_cases(size.batch, scale.methods, scale.further, exact=classes):
                 yield _run("ablation", problem, size, seed, optimizer="kpsvd", label=label, options=options)
 
 
-def ablation_cases(batch: int, methods: Sequence[str], *, exact: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def ablation_cases(
+    batch: int, methods: Sequence[str], further: Sequence[str], *, exact: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The cases of the ablation: "aspect: case", and KPSVD's options.
 
     Args:
         batch: the batch size.
-        methods: those compared.
+        methods: of the scale.
+        further: of the scale.
         exact: whether the model has few enough outputs for the exact Fisher matrix.
     """
     for method in methods:
@@ -132,7 +143,7 @@ def ablation_cases(batch: int, methods: Sequence[str], *, exact: bool) -> Iterat
     for method in (method for method in TWO_TERM_METHODS if method in methods):
         yield "indefinite: absolute", {"method": method}
         yield "indefinite: reflect", {"method": method, "indefinite": "reflect"}
-    for method in FURTHER_METHODS:
+    for method in further:
         for steps in (5, 20, 100):
             intervals = {"curvature_interval": steps, "inverse_interval": steps}
             yield f"interval: every {steps}", {"method": method} | intervals

@@ -23,8 +23,8 @@ def small(monkeypatch):
 
     sizes = {"digits": plans.Size(96, 32, 2, seeds=2), "narrow": plans.Size(96, 32, 1, seeds=1)}
     ablation = {"digits": plans.Size(96, 32, 2, seeds=1)}
-    monkeypatch.setattr(plans, "FURTHER_METHODS", ("kfac",))
-    scale = plans.Scale(2, sizes, errors={"digits": plans.Size(96, 32, 2, 1)}, ablation=ablation, methods=("kfac",))
+    errors = {"digits": plans.Size(96, 32, 2, 1)}
+    scale = plans.Scale(2, sizes, errors, ablation, methods=("kfac",), further=("kfac",))
     monkeypatch.setitem(plans.SCALES, "quick", scale)
     few = {name: plans.CONTESTANTS[name] for name in ("adam", "kfac")}
     monkeypatch.setattr(plans, "CONTESTANTS", few)
@@ -79,7 +79,7 @@ def test_ablation_changes_one_thing_at_a_time():
     from contestants import METHODS
     from plans import ablation_cases
 
-    cases = list(ablation_cases(64, METHODS, exact=True))
+    cases = list(ablation_cases(64, METHODS, ["lanczos"], exact=True))
     changed = {
         "damping": {"damping_rule", "damping"},
         "indefinite": {"indefinite"},
@@ -92,6 +92,7 @@ def test_ablation_changes_one_thing_at_a_time():
     methods = {aspect: {o["method"] for label, o in cases if label.startswith(aspect)} for aspect in changed}
     assert methods["damping"] == set(METHODS)
     assert methods["indefinite"] == {"deflation", "lanczos", "kfac_corrected"}
+    assert all(methods[aspect] == {"lanczos"} for aspect in ("interval", "batch", "fisher"))
     by_label = {}
     for label, options in cases:
         by_label.setdefault(label, []).append({k: v for k, v in options.items() if k != "method"})
@@ -103,7 +104,7 @@ def test_ablation_changes_one_thing_at_a_time():
     }
     assert by_label["batch: quarter"][0] == {"fisher_batch_size": 16}
     assert by_label["batch: whole"][0] == {"fisher_batch_size": 64}
-    assert not any("exact" in label for label, _ in ablation_cases(64, METHODS, exact=False))
+    assert not any("exact" in label for label, _ in ablation_cases(64, METHODS, METHODS, exact=False))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,9 @@ def test_plan_stands_before_anything_runs_and_an_interrupted_command_goes_on(sma
     assert _main(tmp_path, "run", "--studies", "comparison") == 0
     assert len(started.runs) == 10 and len({run.key for run in started.runs}) == 10
     assert _main(tmp_path, "run", "--studies", "comparison") == 0 and len(started.runs) == 10
-    assert "10 asked for, 10 of them found" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "10 asked for, 10 of them found" in printed
+    assert printed.count("running: digits, batch 32, seed 1, adam learning_rate=0.001") == 1
     best = [run.options for run in started.runs if run.seed == 1 and run.label == "adam"]
     assert best == [{"learning_rate": 1e-3}]  # The stand-in's loss is the rate.
 
