@@ -213,6 +213,10 @@ def draw_ablation(cases: Sequence[Case], title: str) -> Figure:
         values = [value for case in own for value in case.measures["loss"].finite if value > 0]
         if values and max(values) > 5 * min(values):
             panel.set_xscale("log")
+            steps = (1, 3) if max(values) < 100 * min(values) else (1,)
+            panel.xaxis.set_major_locator(LogLocator(subs=steps))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(aspect, loc="left", fontsize=10)
         panel.set_xlabel("lowest training loss", fontsize=9)
     handles = [Line2D([], [], color=colour(method), marker="o", label=method) for method in methods]

@@ -308,7 +308,9 @@ def _draw_error(panel: Axes, rows: list[Row], error: str) -> dict[str, Any]:
 def _epoch_axis(panel: Axes, epochs: list[int]) -> None:
     """Epochs, logarithmic from 1, with ticks at those measured."""
     panel.set_xscale("symlog", linthresh=1)
-    panel.set_xticks(epochs, [str(epoch) for epoch in epochs])
+    # The last one always; one before it only where there is room for both numbers.
+    named = [epoch for epoch in epochs if epoch == epochs[-1] or 1.4 * epoch < epochs[-1]]
+    panel.set_xticks(named, [str(epoch) for epoch in named])
     panel.set_xticks([], minor=True)
     panel.set_xlabel("epochs (log scale from 1)", fontsize=9)
     panel.tick_params(labelsize=8, which="both")
