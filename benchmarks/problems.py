@@ -148,7 +148,7 @@ class Problem:
 
         def end(epoch: int, logs: dict[str, Any]) -> None:
             recorder.end(
-                epoch, logs, lambda: model.evaluate(x_val, y_val, batch_size=len(x_val), verbose=0, return_dict=True)
+                epoch, logs, lambda: model.evaluate(x_val, y_val, batch_size=batch, verbose=0, return_dict=True)
             )
             if recorder.reason is not None:
                 model.stop_training = True
