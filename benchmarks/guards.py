@@ -13,7 +13,6 @@ inversion. "stock again" is the stock step once more: what its ratio is off 1 by
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import os
@@ -21,7 +20,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from measurements import write
 from problems import PROBLEMS
 from runs import cores
 from unguarded import GUARDS, without
@@ -308,17 +308,6 @@ def table(rows: list[Row]) -> str:
         others = f"{one.difference:.1e}", str(one.operations), f"{one.first_seconds:.1f}"
         lines.append(_LINE.format(one.without, f"{one.step_ms:.2f}", *ratios, *others))
     return "\n".join(lines)
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """All lines as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for one in rows:
-            values = asdict(one).items()
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values})
 
 
 def networks(*, quick: bool) -> list[Network]:

@@ -11,12 +11,11 @@ traces both, and is in the table by itself. That the weights of both agree to th
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from command_line import count
+from measurements import write
 from problems import PROBLEMS
 from runs import cores
 
@@ -149,17 +149,6 @@ def line(row: Row) -> str:
         f"observed, {100 * row.own_share:.2f} % by its own account; first epoch {row.first_epoch_seconds:.1f} s, "
         f"without {row.first_epoch_seconds_without:.1f} s"
     )
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """All lines as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for one in rows:
-            values = asdict(one).items()
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,13 +35,13 @@ from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback
-from keras_kpsvd.saved_state import SavedState
+from keras_kpsvd.saved_state import SavesExactly
 
 PLAIN_RATE = 0.01
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")
-class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
+class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
     """Natural gradient with Kronecker-product-SVD approximations of the Fisher matrix.
 
     Trains the weights of instrumented layers (`KPSVDDense`, …) by the gradient preconditioned with a damped Kronecker
@@ -183,7 +183,6 @@ class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
         self._blocks: tuple[LayerCurvature, ...] = ()
         self._fitted: frozenset = frozenset()
         self._coefficients: StepCoefficients | None = None
-        self._saved: SavedState | None = None
         self.observer: Observer | None = None  # Set by `callbacks.CurvatureMonitor`; traced into the step.
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -341,31 +340,6 @@ class KPSVD(AveragesOfStepsTaken, keras.optimizers.SGD):
         step = momentum * tf.cast(velocity.value, variable.dtype) - rate * tf.cast(gradient, variable.dtype)
         self.assign(velocity, step)
         self.assign_add(variable, step)
-
-    @property
-    def _kind(self) -> str:
-        """What the numbered variables of a saved state mean, beyond their shapes."""
-        parts = {"averages": self.use_ema, "accumulators": self.gradient_accumulation_steps}
-        return ", ".join([f"method {self.method!r}", *(name for name, there in parts.items() if there)])
-
-    @property
-    def _saved_state(self) -> SavedState:
-        if self._saved is None:
-            self._saved = SavedState(self.name, self._kind)
-        self._saved.early = [one for one in (self._iterations, self._learning_rate) if isinstance(one, keras.Variable)]
-        return self._saved
-
-    def save_own_variables(self, store: Any) -> None:
-        """Saves the state, and what it is the state of."""
-        self._saved_state.save(self.variables, store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores the state, or raises where it does not match variable for variable; live state is then left alone.
-
-        A weights file without any optimizer's state, or with that of one that never made a step, is no error. An
-        optimizer that is not built yet restores when it is; the state of another optimizer it leaves.
-        """
-        self._saved_state.load(self.variables, store, built=self.built)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, the seed in use included, so that a restored optimizer goes on with the same draws."""

@@ -99,3 +99,34 @@ class SavedState:
             "with the same method and options, load the weights before `compile`, or the model with `compile=False`. "
             "The optimizer's state is unchanged."
         )
+
+
+class SavesExactly:
+    """Mixed into a Keras optimizer with an attribute `method`: its state is restored whole or refused."""
+
+    _saved: SavedState | None = None
+
+    @property
+    def _kind(self) -> str:
+        """What the numbered variables of a saved state mean, beyond their shapes."""
+        parts = {"averages": self.use_ema, "accumulators": self.gradient_accumulation_steps}
+        return ", ".join([f"method {self.method!r}", *(name for name, there in parts.items() if there)])
+
+    @property
+    def _saved_state(self) -> SavedState:
+        if self._saved is None:
+            self._saved = SavedState(self.name, self._kind)
+        self._saved.early = [one for one in (self._iterations, self._learning_rate) if isinstance(one, keras.Variable)]
+        return self._saved
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, and what it is the state of."""
+        self._saved_state.save(self.variables, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores the state, or raises where it does not match variable for variable; live state is then left alone.
+
+        A weights file without any optimizer's state, or with that of one that never made a step, is no error. An
+        optimizer that is not built yet restores when it is; the state of another optimizer it leaves.
+        """
+        self._saved_state.load(self.variables, store, built=self.built)
