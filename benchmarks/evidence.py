@@ -256,9 +256,11 @@ def describe_condition(where: tuple) -> str:
 
 def conditions(rows: Iterable[Row]) -> list[str]:
     """One line where all rows ran under the same conditions; else a line for each, and a warning before them."""
-    groups: dict[tuple, list[str]] = {}
+    rows, groups = list(rows), {}
+    several = len({(row.get("study"), row.get("problem")) for row in rows}) > 1
     for row in rows:
-        groups.setdefault(condition(row), []).append(row["label"])
+        who = f"{row['study']} on {row['problem']}" if several else row["label"]
+        groups.setdefault(condition(row), []).append(who)
     if len(groups) < 2:
         return [f"Seconds: {describe_condition(where)}." for where in groups]
     lines = ["Conditions differ between these runs, and their seconds cannot be compared:"]

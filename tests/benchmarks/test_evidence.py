@@ -90,7 +90,10 @@ def test_settings_are_kept_apart_and_other_conditions_are_said():
     assert title_of(standings[0].setting, [s.setting for s in standings]) == "digits, batch 9"
     assert "timed under other conditions than Adam" in standings[2].flags
     assert "cannot be compared" in conditions(rows)[0]
+    assert conditions(rows)[1].endswith(": adam, kfac.")
     assert conditions(rows[1:2]) == ["Seconds: CPU, two runs at a time, one thread each."]
+    rows[0]["problem"] = "mnist"
+    assert conditions(rows)[1].endswith(": comparison on mnist, comparison on digits.")
 
 
 def test_coverage_counts_runs_of_the_plan():
