@@ -5,7 +5,7 @@ the curvature of that loss (its generalised Gauss–Newton matrix) is `E_n[κ_n 
 All gradients here therefore carry the factor `√κ_n`, so that the second moment of what they back-propagate to is the
 curvature of the loss as compiled, whatever its reduction. With `c` outputs averaged over, `κ = 1/c`.
 
-`tensorflow_probability` takes seconds to import and is imported on first use.
+Only callables need `tensorflow_probability`, which takes a second to import.
 """
 
 from __future__ import annotations
@@ -53,27 +53,12 @@ def check(likelihood: str | Callable) -> None:
         )
 
 
-def predictive(head: Head, outputs: tf.Tensor) -> Any:
-    """The distribution of the targets of `head` at `outputs`, one factor for each of its independent parts.
-
-    Mean squared error is the negative log-likelihood of a normal of variance 1/2, to a constant, hence that scale.
-    """
-    from tensorflow_probability import distributions as tfd
-
-    argument = "logits" if head.logits else "probs"
-    if callable(head.family):
-        return head.family(outputs)
-    if head.family == "normal":
-        return tfd.Normal(outputs, tf.constant(0.5**0.5, outputs.dtype))
-    if not head.logits:
-        tiny = tf.constant(keras.config.epsilon(), outputs.dtype)
-        outputs = tf.clip_by_value(outputs, tiny, 1 - tiny)
-    kind = tfd.Bernoulli if head.family == "bernoulli" else tfd.Categorical
-    return kind(**{argument: outputs})
-
-
 def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:
     """`√κ ∂(−log p(y|z))/∂z` at targets drawn from `p(·|z)`.
+
+    By logits that is `p − y` for "bernoulli" and "categorical" (`y` one-hot); where the outputs are probabilities `o`,
+    `(o − y)/(o(1 − o))` and `1/Σo − y/o`. Mean squared error is the negative log-likelihood of a normal of variance
+    1/2, to a constant: `2(z − y)`.
 
     Args:
         head: the output and its density.
@@ -83,18 +68,38 @@ def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:
         float tensor of the shape of `head.outputs`.
     """
     outputs = _leaf(head)
+    shape, dtype = tf.shape(outputs), outputs.dtype
+    if callable(head.family):
+        return _weighted(head, _drawn_score(head.family, outputs, seed))
+    if head.family == "normal":
+        return _weighted(head, tf.constant(2.0**0.5, dtype) * tf.random.stateless_normal(shape, seed, dtype=dtype))
+    tiny = tf.constant(keras.config.epsilon(), dtype)
+    if head.family == "bernoulli":
+        p = tf.sigmoid(outputs) if head.logits else tf.clip_by_value(outputs, tiny, 1 - tiny)
+        score = p - tf.cast(tf.random.stateless_uniform(shape, seed, dtype=dtype) < p, dtype)
+        return _weighted(head, score if head.logits else score / (p * (1 - p)))
+    p, total = _class_probabilities(head, outputs)
+    logits = outputs if head.logits else tf.math.log(tf.clip_by_value(p, tiny, 1.0))
+    drawn = tf.random.stateless_categorical(tf.reshape(logits, [-1, shape[-1]]), 1, seed, dtype=tf.int32)
+    targets = tf.reshape(tf.one_hot(drawn[:, 0], shape[-1], dtype=dtype), shape)
+    score = p - targets if head.logits else (1 - targets / tf.clip_by_value(p, tiny, 1.0)) / total
+    return _weighted(head, tf.ensure_shape(score, outputs.shape))
+
+
+def _drawn_score(family: Callable, outputs: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """`∂(−log p(y|z))/∂z` at a draw from the distribution that a callable makes of `z`."""
     with tf.GradientTape() as tape:
         tape.watch(outputs)
-        distribution = predictive(head, outputs)
+        distribution = family(outputs)
         targets = tf.stop_gradient(distribution.sample(seed=seed))
         log_likelihood = distribution.log_prob(targets)
     gradient = tape.gradient(log_likelihood, outputs)
     if gradient is None:
         raise ValueError(
             "`likelihood` must return a distribution whose `log_prob` depends on the model's output. "
-            f"Received: likelihood={head.family!r}"
+            f"Received: likelihood={family!r}"
         )
-    return _weighted(head, -gradient)
+    return -gradient
 
 
 def exact_cotangents(head: Head) -> tf.Tensor:

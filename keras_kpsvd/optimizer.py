@@ -36,6 +36,7 @@ from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kern
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback
 from keras_kpsvd.saved_state import SavesExactly
+from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
 
 PLAIN_RATE = 0.01
 
@@ -85,7 +86,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         curvature_interval: updates between refreshes of the factors (the paper's T_cov).
         inverse_interval: updates between rebuilds of the preconditioners (T_inv).
         fit_interval: with the adaptive rate, updates between exact quadratic models. Those in between are extrapolated
-            (`curvature.extrapolation`), except in the first 100 updates, with a new preconditioner, for batches of
+            (`curvature.extrapolation`), except in the first 50 updates, with a new preconditioner, for batches of
             fewer than 16 examples, and where the last step overshot. 1: never.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
@@ -190,11 +191,13 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         if self.built:
             return
         check_strategy(self._distribution_strategy, seeded=self._seeded)
-        super().build(variables)
-        if (self.adaptive or self.damping == "adaptive") and not self.momentums:
-            self.momentums = self.add_optimizer_variables(variables, "momentum")
-        options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
-        self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
+        with outside_the_trace():
+            super().build(variables)
+            if (self.adaptive or self.damping == "adaptive") and not self.momentums:
+                self.momentums = self.add_optimizer_variables(variables, "momentum")
+            options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
+            self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
+        self._first_trace = ThrownAwayTrace()
         step = StepOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StepOptions)})
         self._natural = NaturalGradient(step, self._blocks, self.add_variable)
         curved = {self._var_key(v) for block in self._blocks for v in block.layer.curvature_variables}
@@ -312,7 +315,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             for block in self._blocks
         }
         blocks = [block for block, values in of_blocks.items() if all(value is not None for value in values)]
-        if not blocks:
+        if not blocks or self._first_trace.is_being_made():
             return Proposal({}, None, [], [], tf.constant(True))
         of_layers: Direction = {block.layer: [tf.convert_to_tensor(g) for g in of_blocks[block]] for block in blocks}
         previous = self._last_step(of_layers) if self._natural.follows else None

@@ -25,7 +25,7 @@ import tensorflow as tf
 from keras_kpsvd.curvature.step_control import QuadraticModel, StepCoefficients, fit_step, trusted_part
 
 # Updates from the start of training in which every fit is exact.
-EXACT_UPDATES = 100
+EXACT_UPDATES = 50
 
 # Smaller batches are always fitted exactly.
 FEWEST_EXAMPLES = 16

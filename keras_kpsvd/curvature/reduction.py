@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_kpsvd.layers import RecordingLayer
-from keras_kpsvd.linalg import RearrangedFisher, all_finite
+from keras_kpsvd.linalg import RearrangedFisher, all_finite, size_of
 
 # Bytes that the samples of one layer may take while its curvature is refreshed, their working copies included.
 MEMORY_BUDGET = 256 * 2**20
@@ -50,6 +50,12 @@ class BatchCurvature(NamedTuple):
     weight_gradients: tf.Tensor | None = None
     base: tuple[tf.Tensor, tf.Tensor] | None = None
     trace: tf.Tensor | None = None
+
+    @property
+    def sums_over_positions(self) -> bool:
+        """Whether there are samples and more than one position per example: sizes decide on how these are reduced."""
+        several = self.activations is not None and self.activations.shape[1] != 1
+        return several or self.weight_gradients is not None
 
     def finite_or_zero(self) -> tuple[BatchCurvature, tf.Tensor]:
         """Itself and True, or zeros and False where anything is not finite: decompositions raise on NaN in graphs."""
@@ -218,7 +224,7 @@ def side_by_side(layer: RecordingLayer, calls: list[LayerCall]) -> list[tuple[tf
 
 
 def _second_moments(activations: tf.Tensor, gradients: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    flat = [tf.reshape(values, [-1, values.shape[-1]]) for values in (activations, gradients)]
+    flat = [tf.reshape(values, [-1, size_of(values, -1)]) for values in (activations, gradients)]
     return tuple(tf.matmul(rows, rows, transpose_a=True) for rows in flat)
 
 

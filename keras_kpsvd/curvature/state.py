@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
@@ -27,6 +25,7 @@ from keras_kpsvd.linalg import (
     invert_one_term,
     one_term_and_correction,
 )
+from keras_kpsvd.tracing import traced_once
 
 # A decomposition is trusted when it reproduces a probe vector to this part of the sizes that went into it.
 PROBE_TOLERANCE = 1e-2
@@ -107,7 +106,7 @@ class BlockCurvature:
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         count = tf.convert_to_tensor(self.count)
         try:
-            return _kernels(self.options, self.shape).refresh(batch, old, count)
+            return traced_once(_refresh, self.options, batch, old, count, sizes_matter=batch.sums_over_positions)
         except tf.errors.OpError:  # As in `invert`.
             return [*_flatten(old), count], tf.constant(False)
 
@@ -137,7 +136,7 @@ class BlockCurvature:
         second = [tf.convert_to_tensor(variable) for variable in self._second]
         old = (*self.inverses(), *second)
         try:
-            return _kernels(self.options, self.shape).invert(terms, old, tf.convert_to_tensor(self.count) > 0, damping)
+            return traced_once(_invert, self.options, terms, old, tf.convert_to_tensor(self.count) > 0, damping)
         except tf.errors.OpError:
             # Eagerly all sorts of things can raise. In a graph a failed decomposition is NaN, or refused by the probe.
             return tf.nest.flatten(old), tf.constant(False)
@@ -246,25 +245,6 @@ def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.T
     return [value for values, _ in results for value in values], tf.reduce_all(tf.stack([good for _, good in results]))
 
 
-class _Kernels(NamedTuple):
-    refresh: Callable
-    invert: Callable
-
-
-@functools.cache
-def _kernels(options: CurvatureOptions, shape: tuple[int, int]) -> _Kernels:
-    """The two computations for blocks of one shape as graph functions, traced once however often Keras traces a step.
-
-    One pair for each shape: TensorFlow warns of functions that are traced again and again. Never inlined: a step calls
-    them for every layer, and optimising as many copies took a third of the first step.
-    """
-    separate = {"autograph": False, "experimental_attributes": {"_noinline": True}}
-    return _Kernels(
-        tf.function(functools.partial(_refresh, options), **separate),
-        tf.function(functools.partial(_invert, options), **separate),
-    )
-
-
 def _refresh(
     options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -332,8 +312,8 @@ def _flatten(pairs: Any) -> list:
     return [factor for pair in pairs for factor in pair]
 
 
-def _probe(size: int, dtype: tf.DType) -> tf.Tensor:
-    return tf.constant(np.cos(2.4 * np.arange(size))[:, None], dtype)
+def _probe(size: int | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    return tf.cos(tf.constant(2.4, dtype) * tf.cast(tf.range(size), dtype))[:, tf.newaxis]
 
 
 def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
@@ -343,12 +323,12 @@ def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
     ill-conditioned factor is not taken for a failure. A Rayleigh–Ritz subspace need not have converged to pass.
     """
     if not isinstance(inverse, TruncatedInverse):
-        probe = _probe(factor.shape[0], factor.dtype)
+        probe = _probe(tf.shape(factor)[0], factor.dtype)
         solution = tf.matmul(inverse, probe)
         residual = tf.norm(tf.matmul(factor, solution) + lam * solution - probe)
         return residual <= PROBE_TOLERANCE * ((tf.norm(factor) + lam) * tf.norm(solution) + tf.norm(probe))
     basis = inverse.basis
-    probe = _probe(basis.shape[1], basis.dtype)
+    probe = _probe(tf.shape(basis)[1], basis.dtype)
     inside = (inverse.shift + inverse.weights)[:, None] * probe
     solution = tf.matmul(basis, inside)
     image = tf.matmul(basis, tf.matmul(factor, solution) + lam * solution, transpose_a=True)
@@ -363,7 +343,7 @@ def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
 
 def _orthonormalises(basis: tf.Tensor, inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
     """Whether `Kᵀ (factor + λI) K = I`, likewise; of a truncated factor with what its truncation stands for."""
-    probe = _probe(basis.shape[1], basis.dtype)
+    probe = _probe(tf.shape(basis)[1], basis.dtype)
     image = tf.matmul(basis, probe)
     truncated = isinstance(inverse, TruncatedInverse)
     damped = inverse.inverse().times(image) if truncated else tf.matmul(factor, image) + lam * image

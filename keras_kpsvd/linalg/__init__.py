@@ -5,7 +5,7 @@ from .gram import gram_triples, row_gram, weighted_outer_products
 from .kronecker import KroneckerSum, recompress
 from .lanczos import golub_kahan_lanczos
 from .rearrangement import RearrangedFisher, SubtractedTerm
-from .scaling import all_finite
+from .scaling import all_finite, size_of
 from .singular import cheapest_route, leading_triples, power_iteration
 from .solve import (
     INDEFINITE_RULES,
@@ -56,6 +56,7 @@ __all__ = [
     "power_iteration",
     "recompress",
     "row_gram",
+    "size_of",
     "truncated_inverse",
     "two_term_denominators",
     "weighted_outer_products",

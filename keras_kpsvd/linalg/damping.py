@@ -38,8 +38,7 @@ def factor_damping(
     damping = as_scalar(damping, A.dtype)
     if rule == "factor":
         return damping, damping
-    mean_a = tf.linalg.trace(A) / A.shape[-1]
-    mean_g = tf.linalg.trace(G) / G.shape[-1]
+    mean_a, mean_g = (tf.reduce_mean(tf.linalg.diag_part(factor)) for factor in (A, G))
     usable = (mean_a > 0) & (mean_g > 0)
     one = tf.ones_like(mean_a)
     # Roots before the quotient: the quotient of two traces may leave float32's range.

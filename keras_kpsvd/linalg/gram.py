@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from .decompositions import eigh
 from .rearrangement import SubtractedTerm
-from .scaling import all_finite, divide_no_nan, safe_norm, unit_rows
+from .scaling import all_finite, divide_no_nan, safe_norm, size_of, unit_rows
 from .triples import CONVERGED, NOT_FINITE, SingularTriples, epsilon, fix_signs
 
 # For float64 samples, half-vectorised rows up to this many times the batch, or of this width, are taken as they are
@@ -93,7 +93,7 @@ def weighted_outer_products(rows: tf.Tensor, coefficients: tf.Tensor) -> tf.Tens
     Returns:
         `[k, d, d]`. The largest intermediate is the rows, k times.
     """
-    d, k = rows.shape[1], coefficients.shape[1]
+    d, k = size_of(rows, 1), coefficients.shape[1]
     # All columns in one product: [N, k, d] against [N, d].
     weighted = coefficients[:, :, tf.newaxis] * rows[:, tf.newaxis, :]
     return tf.reshape(tf.matmul(tf.reshape(weighted, [-1, k * d]), rows, transpose_a=True), [k, d, d])
@@ -184,7 +184,7 @@ def gram_system(
     extra_right = [divide_no_nan(term.right, g) for term, (_, g) in zip(extra, norms, strict=True)]
     largest = tf.reduce_max(tf.abs(weights))
     scale = tf.where(largest > 0, largest, tf.ones_like(largest))
-    d_in, d_out = activations.shape[1], gradients.shape[1]
+    d_in, d_out = size_of(activations, 1), size_of(gradients, 1)
     return GramSystem(
         activation_rows,
         gradient_rows,
@@ -235,12 +235,13 @@ def _solve(system: GramSystem, k: int, dtype: tf.DType) -> tuple[tf.Tensor, tf.T
 def _row_factor(rows: tf.Tensor, extra: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """`C`, `[N+r, p]`, with `C Cᵀ` the rows' Gram matrix, float64."""
     rows, extra = tf.cast(rows, tf.float64), tf.cast(extra, tf.float64)
-    width = rows.shape[1] * (rows.shape[1] + 1) // 2
+    features = size_of(rows, 1)
+    width = features * (features + 1) // 2
     gram = row_gram(rows, extra)
     squared = _eigen_factor if dtype == tf.float64 or extra.shape[0] else _jittered_cholesky
-    if width > _LONGEST_INDEX:
+    if not tf.is_tensor(features) and width > _LONGEST_INDEX:
         return squared(gram)
-    count = tf.shape(gram)[0] if gram.shape[0] is None else gram.shape[0]
+    count = size_of(gram, 0)
 
     def exact():
         return _half_vectorised(rows, extra)
@@ -266,9 +267,14 @@ def _choose(condition: bool | tf.Tensor, if_true, if_false) -> tf.Tensor:
 
 def _half_vectorised(rows: tf.Tensor, extra: tf.Tensor) -> tf.Tensor:
     """`[N+r, d(d+1)/2]`: upper triangles of `r_n r_nᵀ` and of the extra rows, off-diagonal entries times √2."""
-    d = rows.shape[1]
-    first, second = np.triu_indices(d)
-    factors = np.where(first == second, 1.0, 2.0**0.5)
+    d = size_of(rows, 1)
+    if tf.is_tensor(d):
+        first, second = tf.unstack(tf.where(tf.range(d)[:, tf.newaxis] <= tf.range(d)), axis=1)
+        factors = tf.where(first == second, tf.constant(1.0, rows.dtype), tf.constant(2.0**0.5, rows.dtype))
+        d = tf.cast(d, first.dtype)
+    else:
+        first, second = np.triu_indices(d)
+        factors = np.where(first == second, 1.0, 2.0**0.5)
     halves = tf.gather(rows, first, axis=1) * tf.gather(rows, second, axis=1) * factors
     if extra.shape[0] == 0:
         return halves

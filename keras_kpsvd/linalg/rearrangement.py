@@ -41,7 +41,7 @@ class SubtractedTerm(NamedTuple):
 class RearrangedFisher:
     """`R(F) − Σ_i vec(A_i) vec(G_i)ᵀ`, `[d_in², d_out²]`, known through its products.
 
-    Exact for any number of positions. The batch size may be unknown statically; the feature sizes must be known.
+    Exact for any number of positions. The batch size may be unknown statically; feature sizes too for one position.
 
     Attributes:
         activations: `[N, T, d_in]`, float32 or float64 (a bias column, if any, already appended).
@@ -52,7 +52,7 @@ class RearrangedFisher:
 
     Raises:
         ValueError: If the samples are not of rank 3, their dtypes or known batch and position sizes differ, or a
-            feature size is unknown.
+            feature size is unknown with several positions.
     """
 
     activations: tf.Tensor
@@ -63,7 +63,7 @@ class RearrangedFisher:
     def __post_init__(self):
         activations, gradients = tf.convert_to_tensor(self.activations), tf.convert_to_tensor(self.gradients)
         for name, samples in (("activations", activations), ("gradients", gradients)):
-            if samples.shape.rank != 3 or samples.shape[2] is None:
+            if samples.shape.rank != 3 or (samples.shape[2] is None and samples.shape[1] != 1):
                 raise ValueError(
                     f"`{name}` must be of shape [batch, shared, features] with a known number of features. "
                     f"Received: {name}.shape={samples.shape}"

@@ -15,6 +15,12 @@ def as_scalar(number: float | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return tf.constant(np.asarray(number, tf.as_dtype(dtype).as_numpy_dtype))
 
 
+def size_of(tensor: tf.Tensor, axis: int) -> int | tf.Tensor:
+    """The length of one axis: a number where it is known when traced, else an int32 scalar tensor."""
+    known = tensor.shape[axis]
+    return tf.shape(tensor)[axis] if known is None else known
+
+
 def safe_norm(x: tf.Tensor, axis: int | list[int] | None = None, keepdims: bool = False) -> tf.Tensor:
     """Euclidean (Frobenius) norm, free of overflow and underflow in the squares.
 

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import tensorflow as tf
 
 from .decompositions import eigh
-from .scaling import all_finite, as_scalar
+from .scaling import all_finite, as_scalar, size_of
 from .triples import epsilon
 from .truncated import TruncatedInverse, truncated_inverse
 
@@ -49,7 +49,7 @@ def damped_cholesky(matrix: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
         `[d, d]`, lower triangular; NaN when the matrix is not finite.
     """
     matrix = tf.convert_to_tensor(matrix)
-    d, dtype = matrix.shape[-1], matrix.dtype
+    d, dtype = size_of(matrix, -1), matrix.dtype
     damping = as_scalar(damping, dtype)
     eye = tf.eye(d, dtype=dtype)
     symmetric = 0.5 * (matrix + tf.transpose(matrix))
@@ -64,7 +64,7 @@ def damped_cholesky(matrix: tf.Tensor, damping: float | tf.Tensor) -> tf.Tensor:
     def clipped():
         eigenvalues, vectors = eigh(safe)
         raised = tf.maximum(eigenvalues, 0) + damping
-        floor = 4 * d * epsilon(dtype) * tf.reduce_max(raised)
+        floor = 4 * epsilon(dtype) * tf.cast(d, dtype) * tf.reduce_max(raised)
         raised = tf.maximum(raised, tf.where(floor > 0, floor, tf.ones_like(floor)))
         return tf.linalg.cholesky(tf.matmul(vectors * raised, vectors, transpose_b=True))
 
@@ -302,7 +302,7 @@ def solve_skew_pair(A: tf.Tensor, G: tf.Tensor, P: tf.Tensor, Q: tf.Tensor, V: t
 
 
 def _inverse(factor: tf.Tensor) -> tf.Tensor:
-    inverse = tf.linalg.cholesky_solve(factor, tf.eye(factor.shape[-1], dtype=factor.dtype))
+    inverse = tf.linalg.cholesky_solve(factor, tf.eye(size_of(factor, -1), dtype=factor.dtype))
     return 0.5 * (inverse + tf.transpose(inverse))
 
 
@@ -332,10 +332,11 @@ def _leading_joint_basis(
     Subspace iteration with Rayleigh–Ritz (Golub & Van Loan, section 8.2.4) from a fixed random start, eight columns
     wider than asked; the matrix is only ever applied.
     """
-    d, dtype = matrix.shape[-1], matrix.dtype
+    d, dtype = size_of(matrix, -1), matrix.dtype
     truncated = isinstance(factor, TruncatedInverse)
-    if not truncated and correction_rank(d, rank) == d:
+    if not truncated and (tf.is_tensor(d) or correction_rank(d, rank) == d):
         return _joint_basis(factor, matrix)
+    kept = rank if truncated else correction_rank(d, rank)
     finite = all_finite(matrix, *(factor if truncated else [factor]))
     matrix = tf.where(finite, matrix, tf.zeros_like(matrix))
     if not truncated:
@@ -347,15 +348,14 @@ def _leading_joint_basis(
     def apply(columns):
         return root(tf.matmul(matrix, root(columns, adjoint=True)), adjoint=False)
 
-    columns = tf.random.stateless_normal([d, min(rank + 8, d)], [1993, 2023], dtype=dtype)
+    columns = tf.random.stateless_normal([d, tf.minimum(rank + 8, d)], [1993, 2023], dtype=dtype)
     for _ in range(SUBSPACE_STEPS):
         image = apply(columns)
         columns = tf.linalg.qr(tf.where(finite, image, tf.zeros_like(image))).q
     small = tf.matmul(columns, apply(columns), transpose_a=True)
     small = tf.where(finite, small, tf.zeros_like(small))
     eigenvalues, vectors = eigh(0.5 * (small + tf.transpose(small)))
-    order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[: correction_rank(d, rank)]
-    kept = tf.matmul(columns, tf.gather(vectors, order, axis=1))
-    basis = root(kept, adjoint=True)
+    order = tf.argsort(tf.abs(eigenvalues), direction="DESCENDING")[:kept]
+    basis = root(tf.matmul(columns, tf.gather(vectors, order, axis=1)), adjoint=True)
     nan = tf.constant(float("nan"), dtype)
     return tf.where(finite, basis, nan), tf.where(finite, tf.gather(eigenvalues, order), nan)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from .decompositions import eigh
-from .scaling import all_finite, as_scalar, divide_no_nan
+from .scaling import all_finite, as_scalar, divide_no_nan, size_of
 
 # Steps of subspace iteration from nothing and from the last basis. Averages move slowly: successive steps add up.
 COLD_STEPS, WARM_STEPS = 6, 1
@@ -74,7 +74,8 @@ def truncated_inverse(matrix: tf.Tensor, damping: float | tf.Tensor, start: tf.T
     values, basis = leading_eigenpairs(matrix, start)
     values = tf.maximum(values, 0)
     left = tf.maximum(tf.linalg.trace(matrix) - tf.reduce_sum(values), 0)
-    tail = left / max(matrix.shape[-1] - start.shape[-1], 1)
+    others = tf.maximum(size_of(matrix, -1) - size_of(start, -1), 1)
+    tail = left / tf.cast(others, left.dtype)
     shift = 1 / (tail + damping)
     return TruncatedInverse(basis, 1 / (values + damping) - shift, shift)
 
@@ -97,7 +98,7 @@ def leading_eigenpairs(matrix: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, 
     largest = tf.where(finite, tf.reduce_max(tf.abs(matrix)), 0)
     safe = tf.where(finite, matrix, tf.zeros_like(matrix))
     known = finite & tf.reduce_any(start != 0)
-    columns = tf.where(known, start, tf.random.stateless_normal(start.shape, [1993, 2023], dtype=dtype))
+    columns = tf.where(known, start, tf.random.stateless_normal(tf.shape(start), [1993, 2023], dtype=dtype))
 
     def step(index, columns):
         image = divide_no_nan(tf.matmul(safe, columns), largest)

@@ -11,6 +11,7 @@ from keras_kpsvd.curvature.approximations import METHODS, approximate_terms
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
 from keras_kpsvd.curvature.state import BlockCurvature, CurvatureOptions, LayerCurvature
 from keras_kpsvd.linalg import RearrangedFisher
+from keras_kpsvd.tracing import graph_function
 from tests import reference
 
 D_IN, D_OUT, DECAY = 4, 3, 0.75
@@ -193,12 +194,12 @@ def test_refreshes_with_several_positions_follow_the_converged_ones(method, monk
     for seed in range(12):
         assert _refresh(warm, _convolution_like(seed))
     monkeypatch.setattr(state, "WARM_STEPS", 500)
-    state._kernels.cache_clear()
+    graph_function.cache_clear()
     try:
         for seed in range(12):
             assert _refresh(converged, _convolution_like(seed))
     finally:
-        state._kernels.cache_clear()
+        graph_function.cache_clear()
     weights = DECAY ** np.arange(12)[::-1]
     fishers = [reference.fisher(*(s.numpy() for s in _convolution_like(seed))) for seed in range(12)]
     averaged = np.einsum("k,kij->ij", weights / weights.sum(), fishers)
@@ -322,11 +323,11 @@ def test_a_wrong_truncated_inverse_is_refused(method, part, monkeypatch):
         return inverse._replace(**{part: broken[part]}), *others
 
     monkeypatch.setattr(state, name, wrong)
-    state._kernels.cache_clear()
+    graph_function.cache_clear()
     try:
         _refresh(block, _large(1, 60))
         assert not _invert(block)
     finally:
-        state._kernels.cache_clear()
+        graph_function.cache_clear()
     for variable, old in zip(block.preconditioner, before, strict=True):
         np.testing.assert_array_equal(variable, old)
