@@ -3,8 +3,8 @@
     python benchmarks/harness.py
 
 The harness (`problems.Problem.train`, which `reproduce.py` and `defaults.py` use) hooks nothing to single batches and
-evaluates between epochs, off the clock. Rounds alternate between its epochs, timed by itself, and those of a bare
-`model.fit` without callbacks; the first epoch of each is left out. Writes results/harness.csv.
+evaluates between epochs, off the clock. Rounds on one model alternate between its epochs, timed by itself, and those of
+a bare `model.fit` without callbacks. Writes results/harness.csv.
 """
 
 from __future__ import annotations
@@ -16,38 +16,42 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from command_line import NOT_INSTALLED, OneLineParser, count, fail, package_is_missing
 
 CASES = (("curves", 256, 4_000, "adam", {"learning_rate": 3e-3}), ("curves", 256, 4_000, "kpsvd", {"method": "kfac"}))
+WARM_EPOCHS = 5
 RESULTS = Path(__file__).parent / "results" / "harness.csv"
 
 
-def bare_seconds(problem: str, batch: int, samples: int, optimizer: str, options: dict, epochs: int) -> float:
-    """Seconds of an epoch of plain `fit`: of a second call, so that nothing is traced in it."""
-    import keras
+def ready(problem: str, batch: int, samples: int, optimizer: str, options: dict) -> tuple:
+    """A compiled model that has traced all it needs, and past the steps that are dearer, with its data."""
     from contestants import make_optimizer
-    from problems import PROBLEMS
+    from problems import PROBLEMS, Recorder, fit
 
     one = PROBLEMS[problem]
-    x, y, *_ = one.load(0, samples)
-    keras.backend.clear_session()
+    data = one.load(0, samples)
     model = one.build(0)
     model.compile(optimizer=make_optimizer(optimizer, options), loss=one.loss, metrics=list(one.metrics))
-    model.fit(x, y, batch_size=batch, epochs=1, verbose=0)
+    fit(model, data, batch, WARM_EPOCHS, Recorder())
+    return model, data
+
+
+def bare_seconds(model: Any, data: Any, batch: int, epochs: int) -> float:
+    """Seconds of an epoch of plain `fit`."""
     began = time.perf_counter()
-    model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0)
+    model.fit(*data[:2], batch_size=batch, epochs=epochs, verbose=0)
     return (time.perf_counter() - began) / epochs
 
 
-def harness_seconds(problem: str, batch: int, samples: int, optimizer: str, options: dict, epochs: int) -> float:
-    """Seconds of an epoch in the harness, as its rows have them."""
-    from contestants import make_optimizer
-    from problems import PROBLEMS, Recorder
+def harness_seconds(model: Any, data: Any, batch: int, epochs: int) -> float:
+    """Seconds of an epoch in the harness, as its rows have them: what comes before the first is spread over all."""
+    from problems import Recorder, fit
 
     recorder = Recorder()
-    PROBLEMS[problem].train(lambda: make_optimizer(optimizer, options), batch, 0, epochs + 1, recorder, samples)
-    return sum(recorder.seconds[1:]) / epochs
+    fit(model, data, batch, epochs, recorder)
+    return (recorder.setup_seconds + sum(recorder.seconds)) / epochs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,9 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     lines = []
     for case in CASES:
         pairs = []
+        model, data = ready(*case)
         for number in range(options.rounds):
             both = [bare_seconds, harness_seconds][:: 1 if number % 2 else -1]
-            seconds = {function: function(*case, options.epochs) for function in both}
+            seconds = {function: function(model, data, case[1], options.epochs) for function in both}
             pairs.append((seconds[harness_seconds], seconds[bare_seconds]))
             print(f"{case[0]}, {case[3]}, round {number + 1}: {pairs[-1][0] / pairs[-1][1]:.3f}", flush=True)
         ratios = [harness / bare for harness, bare in pairs]

@@ -141,27 +141,40 @@ class Problem:
         """
         import keras
 
-        x, y, x_val, y_val = self.load(seed, samples)
+        data = self.load(seed, samples)
         keras.backend.clear_session()
         model = self.build(seed)
         model.compile(optimizer=make_optimizer(), loss=self.loss, metrics=list(self.metrics))
-
-        def end(epoch: int, logs: dict[str, Any]) -> None:
-            recorder.end(
-                epoch, logs, lambda: model.evaluate(x_val, y_val, batch_size=batch, verbose=0, return_dict=True)
-            )
-            if recorder.reason is not None:
-                model.stop_training = True
-            elif watch is not None:
-                watch(model, x, epoch + 1)
-
-        # Nothing is hooked to single batches: Keras would wait for each one's loss.
-        callback = keras.callbacks.LambdaCallback(on_epoch_begin=recorder.begin, on_epoch_end=end)
-        if watch is not None:
-            watch(model, x, 0)
-        recorder.start()
-        model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[callback])
+        fit(model, data, batch, epochs, recorder, watch)
         return model
+
+
+def fit(
+    model: keras.Model,
+    data: Data,
+    batch: int,
+    epochs: int,
+    recorder: Recorder,
+    watch: Callable[[keras.Model, np.ndarray, int], None] | None = None,
+) -> None:
+    """The `fit` of `Problem.train`, of a compiled model."""
+    import keras
+
+    x, y, x_val, y_val = data
+
+    def end(epoch: int, logs: dict[str, Any]) -> None:
+        recorder.end(epoch, logs, lambda: model.evaluate(x_val, y_val, batch_size=batch, verbose=0, return_dict=True))
+        if recorder.reason is not None:
+            model.stop_training = True
+        elif watch is not None:
+            watch(model, x, epoch + 1)
+
+    # Nothing is hooked to single batches: Keras would wait for each one's loss.
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=recorder.begin, on_epoch_end=end)
+    if watch is not None:
+        watch(model, x, 0)
+    recorder.start()
+    model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[callback])
 
 
 def _autoencoder_data(name: str) -> Callable[[int, int], Data]:

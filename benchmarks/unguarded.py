@@ -20,6 +20,7 @@ from keras_kpsvd import optimizer as optimizer_module
 from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
 from keras_kpsvd.curvature.failures import Failures
 from keras_kpsvd.linalg import gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
+from keras_kpsvd.tracing import graph_function
 
 # A module, or a class; a name in it; what stands there while a step is traced.
 Replacement = tuple[Any, str, Any]
@@ -173,8 +174,8 @@ def _replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
 def without(names: Iterable[str]) -> Iterator[None]:
     """Steps that are traced within have none of the guards `names`; steps traced before or after have all of them."""
     with _replaced(replacement for name in names for replacement in GUARDS[name][1]):
-        state._kernels.cache_clear()  # They would be shared with steps that have other guards.
+        graph_function.cache_clear()  # They would be shared with steps that have other guards.
         try:
             yield
         finally:
-            state._kernels.cache_clear()
+            graph_function.cache_clear()
