@@ -72,7 +72,8 @@ def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:
     if callable(head.family):
         return _weighted(head, _drawn_score(head.family, outputs, seed))
     if head.family == "normal":
-        return _weighted(head, tf.constant(2.0**0.5, dtype) * tf.random.stateless_normal(shape, seed, dtype=dtype))
+        draws = tf.random.stateless_normal(shape, seed, dtype=dtype)
+        return _weighted(head, 2.0**0.5 * draws + 0.0 * outputs)  # NaN where the output is.
     tiny = tf.constant(keras.config.epsilon(), dtype)
     if head.family == "bernoulli":
         p = tf.sigmoid(outputs) if head.logits else tf.clip_by_value(outputs, tiny, 1 - tiny)

@@ -198,6 +198,13 @@ def test_confident_outputs_give_finite_cotangents():
             assert np.all(np.isfinite(fisher_inner(head, [tf.ones_like(z)], SEED)))
 
 
+@pytest.mark.parametrize("key", [("normal", False), ("bernoulli", False), ("bernoulli", True), ("categorical", True)])
+def test_an_output_that_is_nan_has_no_finite_score(key):
+    """Else a refresh would take the samples of a broken pass for good ones."""
+    score = sampled_cotangent(Head(tf.constant([[0.3, np.nan], [0.2, 0.8]]), *key, 1.0), SEED).numpy()
+    assert np.isnan(score[0, 1]) and np.isfinite(score[1]).all()
+
+
 def test_half_precision_outputs_are_differentiated_in_float32():
     z = np.array([[4.0, -3.0, 9.5]])
     half = Head(tf.constant(z, tf.float16), "bernoulli", True, 1.0)
