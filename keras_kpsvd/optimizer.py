@@ -85,9 +85,11 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
         curvature_interval: updates between refreshes of the factors (the paper's T_cov).
         inverse_interval: updates between rebuilds of the preconditioners (T_inv).
-        fit_interval: with the adaptive rate, updates between exact quadratic models. Those in between are extrapolated
-            (`curvature.extrapolation`), except in the first 50 updates, with a new preconditioner, for batches of
-            fewer than 16 examples, and where the last step overshot. 1: never.
+        conjugate_steps: with the adaptive rate, steps of conjugate gradients on the exact Fisher matrix of the batch
+            that the preconditioned gradient is improved by (`curvature.conjugate`). 1: none, `F̂_λ⁻¹∇` itself.
+        fit_interval: with the adaptive rate and `conjugate_steps=1`, updates between exact quadratic models. Those in
+            between are extrapolated (`curvature.extrapolation`), except in the first 50 updates, with a new
+            preconditioner, for batches of fewer than 16 examples, and where the last step overshot. 1: never.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
@@ -124,7 +126,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         factor_decay: float = 0.85,
         curvature_interval: int = 10,
         inverse_interval: int = 10,
-        fit_interval: int = 10,
+        conjugate_steps: int = 3,
+        fit_interval: int = 1,
         fisher: str = "sampled",
         likelihood: str | Callable = "auto",
         fisher_batch_size: int | None = None,
@@ -144,7 +147,14 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             check_positive("kl_clip", kl_clip, " or None")
         check_count("curvature_interval", curvature_interval)
         check_count("inverse_interval", inverse_interval)
+        check_count("conjugate_steps", conjugate_steps)
         check_count("fit_interval", fit_interval)
+        if conjugate_steps > 1 and fit_interval > 1:
+            raise ValueError(
+                "`fit_interval` must be 1 where `conjugate_steps` is more than 1, which needs an exact model in every "
+                "step: leave one of them out, or give conjugate_steps=1. "
+                f"Received: conjugate_steps={conjugate_steps}, fit_interval={fit_interval}"
+            )
         if fisher_batch_size is not None:
             check_count("fisher_batch_size", fisher_batch_size)
         check_fraction("factor_decay", factor_decay, one=False)
@@ -173,6 +183,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         self.factor_decay = float(factor_decay)
         self.curvature_interval = int(curvature_interval)
         self.inverse_interval = int(inverse_interval)
+        self.conjugate_steps = int(conjugate_steps)
         self.fit_interval = int(fit_interval)
         self.fisher = fisher
         self.likelihood = likelihood
@@ -353,8 +364,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         if callable(likelihood):
             likelihood = keras.saving.serialize_keras_object(likelihood)
         names = (
-            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval fit_interval fisher "
-            "fisher_batch_size indefinite seed"
+            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval conjugate_steps fit_interval "
+            "fisher fisher_batch_size indefinite seed"
         )
         return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}
 

@@ -107,7 +107,7 @@ def needs_exact_fit(
 
 def next_step(
     exact: Callable[[], QuadraticModel],
-    due: tf.Tensor,
+    due: tf.Tensor | bool,
     kept: KeptModel,
     slopes: tf.Tensor,
     largest_momentum: float,
@@ -116,7 +116,7 @@ def next_step(
 
     Args:
         exact: computes the model on `Δ` and `δ₀`; runs only where it is due.
-        due: of `needs_exact_fit`.
+        due: of `needs_exact_fit`; True where every fit is exact.
         kept: of the last step.
         slopes: `(∇ᵀΔ, ∇ᵀδ₀)`.
         largest_momentum: the cap of the momentum.
@@ -131,7 +131,7 @@ def next_step(
         changes = model.logit_changes
         return model.curvature, tf.add_n(changes) if changes else tf.zeros([2, 2])
 
-    curvature, changes = tf.cond(due, computed, lambda: extrapolate(kept, slopes[0]))
+    curvature, changes = computed() if due is True else tf.cond(due, computed, lambda: extrapolate(kept, slopes[0]))
     fitted = fit_step(curvature, slopes, largest_momentum)
     trusted = trusted_part(fitted, [changes])
     step = StepCoefficients(trusted * fitted.rate, trusted * fitted.momentum)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_kpsvd.curvature.conjugate import conjugate_direction
 from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
 from keras_kpsvd.curvature.failures import Failures
 from keras_kpsvd.curvature.observation import Observer, StepValues, block_names
@@ -46,6 +47,7 @@ class StepOptions:
     method: str
     curvature_interval: int
     inverse_interval: int
+    conjugate_steps: int
     fit_interval: int
     fisher: str
     fisher_batch_size: int | None
@@ -139,7 +141,16 @@ class NaturalGradient:
         rebuilt = self._invert(blocks, places)
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
-        directions = {block.layer: block.precondition(gradients[block.layer]) for block in blocks}
+
+        def precondition(values: Direction) -> Direction:
+            return {block.layer: block.precondition(values[block.layer]) for block in blocks}
+
+        known = None
+        if options.adaptive and options.conjugate_steps > 1 and joint is not None:
+            fit = (self._current_damping(), options.conjugate_steps, seed)
+            directions, known = conjugate_direction(joint, gradients, precondition, *fit)
+        else:
+            directions = precondition(gradients)
         parts = [inner({one: directions[one]}, gradients) for one in directions]
         descent = tf.add_n(parts)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
@@ -150,7 +161,7 @@ class NaturalGradient:
         control = []
         if options.adaptive and joint is not None:
             slopes = tf.stack([descent, overlap])
-            step, trusted, kept, fit = self._fit(joint, [directions, previous], slopes, rebuilt, seed)
+            step, trusted, kept, fit = self._fit(joint, [directions, previous], known, slopes, rebuilt, seed)
             (rate, momentum), scale = step, trusted
             control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
         elif not options.adaptive and options.kl_clip is not None:
@@ -176,6 +187,7 @@ class NaturalGradient:
         self,
         joint: JointPass,
         directions: list[Direction],
+        known: list[tf.Tensor] | None,
         slopes: tf.Tensor,
         rebuilt: tf.Tensor,
         seed: tf.Tensor,
@@ -184,8 +196,10 @@ class NaturalGradient:
         kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
         damping, updates = self._current_damping(), tf.convert_to_tensor(self.updates.value)
         counts = (updates, self._next_fit.value, rebuilt, joint.rows)
-        due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
-        exact = functools.partial(quadratic_model, joint, directions, damping, seed)
+        due = True
+        if self.options.fit_interval > 1:
+            due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
+        exact = functools.partial(quadratic_model, joint, directions, damping, seed, known)
         step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum)
         return step, trusted, kept, tf.where(due, updates + self.options.fit_interval, self._next_fit.value)
 

@@ -175,6 +175,30 @@ class JointPass:
                 results.append(function(one, own))
         return self._joined([list(of_head) for of_head in zip(*results, strict=True)])
 
+    def sums_by(
+        self,
+        function: Callable[[ForwardPass, list[likelihoods.Head], list[tf.Tensor]], list[tf.Tensor]],
+        of_heads: list[tf.Tensor],
+    ) -> list[tf.Tensor]:
+        """What `function` makes of each pass, its heads and its own rows of `of_heads`, on its device, added up.
+
+        Args:
+            function: as said; returns tensors of fixed shapes.
+            of_heads: a tensor of all rows for each head.
+        """
+        splits = [self._split(one, 0, index) for index, one in enumerate(of_heads)]
+        results = []
+        for index, (one, own) in enumerate(zip(self.passes, self._heads, strict=True)):
+            with on(self.devices[index]):
+                results.append(function(one, own, [split[index] for split in splits]))
+        if self._alone:
+            return results[0]
+        values = [list(of_value) for of_value in zip(*results, strict=True)]
+        if self._strategy is None:
+            return [tf.add_n(parts) for parts in values]
+        rows = _gather(self._strategy, [[part[tf.newaxis] for part in parts] for parts in values])
+        return [tf.reduce_sum(one, 0) for one in rows]
+
 
 def _weight_of_rows(head: likelihoods.Head) -> tf.Tensor:
     """The weight of a head with a row for each of its examples."""

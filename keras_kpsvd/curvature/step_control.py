@@ -103,6 +103,7 @@ def quadratic_model(
     directions: list[Direction],
     damping: tf.Tensor,
     seed: tf.Tensor,
+    known: list[tf.Tensor] | None = None,
 ) -> QuadraticModel:
     """The quadratic model of the loss on a few directions in weight space.
 
@@ -111,10 +112,12 @@ def quadratic_model(
         directions: `k` of them, each `{layer: values for its curvature variables}`.
         damping: λ, scalar.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
+        known: the changes of the outputs along the first direction, where they are at hand.
     """
-    tangents = [
+    tangents = [] if known is None else [known]
+    tangents += [
         joint.outputs_by(lambda one, heads, changes=direction: linearised_outputs(one, heads, changes))
-        for direction in directions
+        for direction in directions[len(tangents) :]
     ]
     of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
