@@ -123,9 +123,9 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         damping: float | str = "adaptive",
         damping_rule: str = "sqrt",
         kl_clip: float | None = 1e-2,
-        factor_decay: float = 0.85,
-        curvature_interval: int = 10,
-        inverse_interval: int = 10,
+        factor_decay: float = 0.92,
+        curvature_interval: int = 5,
+        inverse_interval: int = 5,
         conjugate_steps: int = 3,
         fit_interval: int = 1,
         fisher: str = "sampled",
@@ -364,8 +364,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         if callable(likelihood):
             likelihood = keras.saving.serialize_keras_object(likelihood)
         names = (
-            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval conjugate_steps fit_interval "
-            "fisher fisher_batch_size indefinite seed"
+            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval conjugate_steps "
+            "fit_interval fisher fisher_batch_size indefinite seed"
         )
         return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}
 

@@ -4,7 +4,11 @@ The Kronecker model knows nothing of how layers act together, nor of single rare
 `F̂_λ⁻¹F`, 1 if it were right, reach a hundred, so that a step along `Δ = F̂_λ⁻¹∇` alone has to be a hundredth of the one
 that most directions want. A few steps of preconditioned conjugate gradients on `(F + λI) x = ∇` with the exact products
 of `step_control` (Golub & Van Loan, algorithm 11.5.1; Hessian-free optimisation, Martens 2010, with the Kronecker
-approximation as its preconditioner) take the largest of them out of the way. The first step alone is `Δ` itself, scaled.
+approximation as its preconditioner) take the largest of them out of the way.
+The first step alone is `Δ` itself, scaled.
+
+The directions `p_i` they go along are conjugate, so that the minimiser over all of them and the last step `δ₀` is known
+too: `−Σ α_i p_i + μ (δ₀ − Σ c_i p_i)`, `c_i = p_iᵀMδ₀ / p_iᵀMp_i`, which is `−x + μδ₀` for `x = Σ (α_i + μ c_i) p_i`.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import tensorflow as tf
 
 from keras_kpsvd import likelihoods
 from keras_kpsvd.curvature.replicas import JointPass
-from keras_kpsvd.curvature.step_control import Direction, inner, linearised_outputs, scaled
+from keras_kpsvd.curvature.step_control import Direction, changes_of_outputs, inner, scaled
 from keras_kpsvd.layers import ForwardPass, at_least_float32
 
 
@@ -23,52 +27,75 @@ def conjugate_direction(
     joint: JointPass,
     gradients: Direction,
     precondition: Callable[[Direction], Direction],
+    previous: Direction,
     damping: tf.Tensor,
     steps: int,
+    largest_momentum: float,
     seed: tf.Tensor,
-) -> tuple[Direction, list[tf.Tensor]]:
-    """`x ≈ (F + λI)⁻¹ ∇` after some steps of preconditioned conjugate gradients from zero.
+) -> tuple[Direction, list[list[tf.Tensor]]]:
+    """The `x` of the step `−x + μδ₀` that minimises the quadratic model over a Krylov space and the last step.
 
     Args:
         joint: closed passes with persistent tapes.
         gradients: `∇`.
         precondition: a positive definite linear map of directions, `F̂_λ⁻¹`.
+        previous: `δ₀`, zeros for none.
         damping: λ, scalar.
         steps: 1 or more. Each takes one product `Jp`, each but the last one a product with `Jᵀ` and one with `F̂_λ⁻¹`.
+        largest_momentum: the cap of `μ`, which is not negative.
         seed: `[2]` integers; as `likelihoods.fisher_inner`.
 
     Returns:
-        `(x, Jx)`: a descent direction (`∇ᵀx > 0` for `∇ ≠ 0`, the minimiser of the quadratic model on the Krylov space
-        up to rounding), and the change of the outputs of every head along it. Zeros where there is no curvature at all.
+        `x`, and the changes of the outputs of every head along `x` and along `δ₀`. Zeros where there is no curvature at
+        all, not even damping. Where `x` would not be a descent direction `μ` is taken to be 0.
     """
     residual = {layer: [at_least_float32(value) for value in values] for layer, values in gradients.items()}
     along = precondition(residual)
     slope = inner(residual, along)
     damping = tf.cast(damping, tf.float32)
-    solution, changes = None, None
+    last = changes_of_outputs(joint, previous)
+    whole, remaining_slope = inner(previous, previous) * damping, inner(gradients, previous)
+    for head, tangent in zip(joint.heads(), last, strict=True):
+        whole += likelihoods.fisher_inner(head, [tangent], seed)[0, 0]
+    remaining = whole
+    directions, tangents, lengths, overlaps = [], [], [], []
     for number in range(steps):
-        tangents = changes_of_outputs(joint, along)
-        curvature = damping * inner(along, along)
-        for head, tangent in zip(joint.heads(), tangents, strict=True):
-            curvature += likelihoods.fisher_inner(head, [tangent], seed)[0, 0]
-        length = tf.math.divide_no_nan(slope, curvature)
-        moved = scaled(along, length)
-        tangents = [tf.cast(length, tangent.dtype) * tangent for tangent in tangents]
-        solution = moved if solution is None else _plus(solution, moved)
-        changes = tangents if changes is None else [one + other for one, other in zip(changes, tangents, strict=True)]
+        directions.append(along)
+        tangents.append(changes_of_outputs(joint, along))
+        products = [
+            likelihoods.fisher_inner(head, [tangent, other], seed)[0]
+            for head, tangent, other in zip(joint.heads(), tangents[-1], last, strict=True)
+        ]
+        curvature, mixed = tf.unstack(tf.add_n(products))
+        curvature += damping * inner(along, along)
+        mixed += damping * inner(along, previous)
+        lengths.append(tf.math.divide_no_nan(slope, curvature))
+        overlaps.append(tf.math.divide_no_nan(mixed, curvature))
+        # What is left of `δ₀` once it is made conjugate to this direction as well.
+        remaining -= overlaps[-1] * mixed
+        remaining_slope -= overlaps[-1] * inner(gradients, along)
         if number + 1 == steps:
             break
-        image = _plus(fisher_product(joint, list(residual), tangents, seed), scaled(moved, damping))
-        residual = _plus(residual, scaled(image, tf.constant(-1.0)))
+        image = _plus(fisher_product(joint, list(residual), tangents[-1], seed), scaled(along, damping))
+        residual = _plus(residual, scaled(image, -lengths[-1]))
         preconditioned = precondition(residual)
         before, slope = slope, inner(residual, preconditioned)
         along = _plus(preconditioned, scaled(along, tf.math.divide_no_nan(slope, before)))
-    return solution, changes
-
-
-def changes_of_outputs(joint: JointPass, direction: Direction) -> list[tf.Tensor]:
-    """`linearised_outputs` of all rows."""
-    return joint.outputs_by(lambda one, heads: linearised_outputs(one, heads, direction))
+    descents = [inner(gradients, one) for one in directions]
+    momentum = tf.clip_by_value(tf.math.divide_no_nan(-remaining_slope, remaining), 0.0, largest_momentum)
+    lengths, overlaps, descents = tf.stack(lengths), tf.stack(overlaps), tf.stack(descents)
+    # Of a `δ₀` that lies in the Krylov space already, rounding is all that remains.
+    usable = remaining > 1e-6 * whole
+    usable &= tf.tensordot(lengths + momentum * overlaps, descents, 1) > 0
+    factors = tf.unstack(tf.where(usable, lengths + momentum * overlaps, lengths), steps)
+    solution = scaled(directions[0], factors[0])
+    for factor, direction in zip(factors[1:], directions[1:], strict=True):
+        solution = _plus(solution, scaled(direction, factor))
+    changes = [
+        tf.add_n([tf.cast(factor, one.dtype) * one for factor, one in zip(factors, of_head, strict=True)])
+        for of_head in zip(*tangents, strict=True)
+    ]
+    return solution, [changes, last]
 
 
 def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], seed: tf.Tensor) -> Direction:

@@ -25,10 +25,11 @@ from keras_kpsvd.curvature.step_control import (
     inner,
     quadratic_model,
     scaled,
+    share_of_batch,
 )
 from keras_kpsvd.layers import RecordingLayer
 
-INITIAL_DAMPING = 0.03
+INITIAL_DAMPING = 0.003
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class NaturalGradient:
             add_variable(shape=shape, dtype="float32", name=f"model_{name}")
             for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
         ]
+        self._usual = add_variable(shape=(), dtype="float32", name="usual_batch")
         self._place = {block: place for place, block in enumerate(blocks)}
         self._names = block_names(blocks)
         self.failures = Failures([block.layer.name for block in blocks], add_variable)
@@ -147,8 +149,8 @@ class NaturalGradient:
 
         known = None
         if options.adaptive and options.conjugate_steps > 1 and joint is not None:
-            fit = (self._current_damping(), options.conjugate_steps, seed)
-            directions, known = conjugate_direction(joint, gradients, precondition, *fit)
+            fit = (self._current_damping(), options.conjugate_steps, options.momentum, seed)
+            directions, known = conjugate_direction(joint, gradients, precondition, previous, *fit)
         else:
             directions = precondition(gradients)
         parts = [inner({one: directions[one]}, gradients) for one in directions]
@@ -161,7 +163,9 @@ class NaturalGradient:
         control = []
         if options.adaptive and joint is not None:
             slopes = tf.stack([descent, overlap])
-            step, trusted, kept, fit = self._fit(joint, [directions, previous], known, slopes, rebuilt, seed)
+            share, usual = share_of_batch(joint.rows, self._usual.value)
+            control.append((self._usual, usual))
+            step, trusted, kept, fit = self._fit(joint, [directions, previous], known, slopes, share, rebuilt, seed)
             (rate, momentum), scale = step, trusted
             control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
         elif not options.adaptive and options.kl_clip is not None:
@@ -187,8 +191,9 @@ class NaturalGradient:
         self,
         joint: JointPass,
         directions: list[Direction],
-        known: list[tf.Tensor] | None,
+        known: list[list[tf.Tensor]] | None,
         slopes: tf.Tensor,
+        share: tf.Tensor,
         rebuilt: tf.Tensor,
         seed: tf.Tensor,
     ) -> tuple[StepCoefficients, tf.Tensor, KeptModel, tf.Tensor]:
@@ -200,7 +205,7 @@ class NaturalGradient:
         if self.options.fit_interval > 1:
             due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
         exact = functools.partial(quadratic_model, joint, directions, damping, seed, known)
-        step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum)
+        step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum, share)
         return step, trusted, kept, tf.where(due, updates + self.options.fit_interval, self._next_fit.value)
 
     def _refresh(

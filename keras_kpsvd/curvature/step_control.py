@@ -34,7 +34,10 @@ from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
 # steps spends the first hundred steps on the way down. Chosen on CURVES and MNIST with seed 0; see README.md.
 SLOPE_DECAY = 0.8
 DAMPING_FACTOR = 0.8
-DAMPING_RANGE = (1e-5, 1e3)
+DAMPING_RANGE = (1e-4, 1e3)
+
+# Of the running average of the batch size: some twenty steps.
+ROWS_DECAY = 0.95
 
 RAISE_BELOW, LOWER_ABOVE = 0.25, 0.75
 
@@ -86,6 +89,11 @@ def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head],
     ]
 
 
+def changes_of_outputs(joint: JointPass, direction: Direction) -> list[tf.Tensor]:
+    """`linearised_outputs` of all rows."""
+    return joint.outputs_by(lambda one, heads: linearised_outputs(one, heads, direction))
+
+
 class QuadraticModel(NamedTuple):
     """What a few directions do, to second order.
 
@@ -103,7 +111,7 @@ def quadratic_model(
     directions: list[Direction],
     damping: tf.Tensor,
     seed: tf.Tensor,
-    known: list[tf.Tensor] | None = None,
+    known: list[list[tf.Tensor]] | None = None,
 ) -> QuadraticModel:
     """The quadratic model of the loss on a few directions in weight space.
 
@@ -112,13 +120,9 @@ def quadratic_model(
         directions: `k` of them, each `{layer: values for its curvature variables}`.
         damping: λ, scalar.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
-        known: the changes of the outputs along the first direction, where they are at hand.
+        known: the changes of the outputs along each direction, where they are at hand.
     """
-    tangents = [] if known is None else [known]
-    tangents += [
-        joint.outputs_by(lambda one, heads, changes=direction: linearised_outputs(one, heads, changes))
-        for direction in directions[len(tangents) :]
-    ]
+    tangents = [changes_of_outputs(joint, one) for one in directions] if known is None else known
     of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
@@ -186,6 +190,25 @@ def trusted_part(step: StepCoefficients, logit_changes: list[tf.Tensor]) -> tf.T
         return tf.constant(1.0)
     length = tf.sqrt(tf.maximum(tf.reduce_max(tf.stack(squares)), 0.0))
     return MAX_LOGIT_CHANGE / tf.maximum(length, MAX_LOGIT_CHANGE)
+
+
+def share_of_batch(examples: tf.Tensor, usual: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """How much of its step a batch may take, and the number of examples that is usual by now.
+
+    A step goes all the way to the minimum that its own batch shows. A last batch of a few examples would undo what
+    others have found: it takes the part of its step that its examples are of the usual number.
+
+    Args:
+        examples: of this batch, scalar.
+        usual: the running average of that, float32; 0 before the first batch.
+
+    Returns:
+        `(share in (0, 1], next usual)`, float32.
+    """
+    examples = tf.cast(examples, tf.float32)
+    usual = tf.where(usual > 0, usual, examples)
+    share = tf.where(examples < usual, tf.math.divide_no_nan(examples, usual), 1.0)
+    return share, ROWS_DECAY * usual + (1 - ROWS_DECAY) * examples
 
 
 def follow_damping(
