@@ -22,6 +22,7 @@ from keras_kpsvd.curvature.step_control import (
     Direction,
     StepCoefficients,
     control_after,
+    holds_on_other_batches,
     inner,
     quadratic_model,
     scaled,
@@ -149,8 +150,18 @@ class NaturalGradient:
 
         known = None
         if options.adaptive and options.conjugate_steps > 1 and joint is not None:
-            fit = (self._current_damping(), options.conjugate_steps, options.momentum, seed)
-            directions, known = conjugate_direction(joint, gradients, precondition, previous, *fit)
+
+            def improved(steps: int) -> tuple[Direction, list[list[tf.Tensor]]]:
+                fit = (self._current_damping(), steps, options.momentum, seed)
+                found, changes = conjugate_direction(joint, gradients, precondition, previous, *fit)
+                return [found[layer] for layer in gradients], changes
+
+            found, known = tf.cond(
+                holds_on_other_batches(self._slope_averages.value),
+                lambda: improved(options.conjugate_steps),
+                lambda: improved(1),
+            )
+            directions = dict(zip(gradients, found, strict=True))
         else:
             directions = precondition(gradients)
         parts = [inner({one: directions[one]}, gradients) for one in directions]

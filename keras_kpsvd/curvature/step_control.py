@@ -36,6 +36,9 @@ SLOPE_DECAY = 0.8
 DAMPING_FACTOR = 0.8
 DAMPING_RANGE = (1e-4, 1e3)
 
+# Conjugate gradients go on where the ratio of slopes is at least so much.
+KEEP_ABOVE = 0.5
+
 # Of the running average of the batch size: some twenty steps.
 ROWS_DECAY = 0.95
 
@@ -209,6 +212,18 @@ def share_of_batch(examples: tf.Tensor, usual: tf.Tensor) -> tuple[tf.Tensor, tf
     usual = tf.where(usual > 0, usual, examples)
     share = tf.where(examples < usual, tf.math.divide_no_nan(examples, usual), 1.0)
     return share, ROWS_DECAY * usual + (1 - ROWS_DECAY) * examples
+
+
+def holds_on_other_batches(averages: tf.Tensor) -> tf.Tensor:
+    """Whether the quadratic model of one batch is right about most of a step on the next, boolean scalar.
+
+    Conjugate gradients find the minimum of one batch's model. Where half of what they find is that batch's own noise,
+    ending them early is what keeps the step to what all batches share.
+
+    Args:
+        averages: as `follow_damping`. True before the first step.
+    """
+    return averages[1] <= (KEEP_ABOVE - 1) * averages[0]
 
 
 def follow_damping(
