@@ -42,7 +42,7 @@ KEEP_ABOVE = 0.5
 # Of the running average of the batch size: some twenty steps.
 ROWS_DECAY = 0.95
 
-RAISE_BELOW, LOWER_ABOVE = 0.25, 0.75
+RAISE_BELOW, LOWER_ABOVE = 0.0, 0.75
 
 # Root mean square, over examples, and over the outputs of a "bernoulli" (the classes of a "categorical" are summed).
 # Small batches of a classifier diverge without it; 1 and 2 did alike on scikit-learn's digits.
