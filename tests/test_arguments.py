@@ -18,6 +18,7 @@ BAD = {
     "kl_clip": [0, -1.0, NAN, INFINITY, "none", True],
     "curvature_interval": [0, -1, 1.5, NAN, None, True, "2"],
     "inverse_interval": [0, -1, 2.0, None, False],
+    "conjugate_steps": [0, 1.5, None, True],
     "fit_interval": [0, 1.5, None, True],
     "fisher_batch_size": [0, -8, 0.25, True],
     "factor_decay": [1, 1.0, -0.1, 1.5, NAN, None, "0.9", True],
@@ -36,6 +37,12 @@ def test_nesterov_is_refused_with_the_adaptive_rate():
     with pytest.raises(ValueError, match=r"`nesterov`.*`learning_rate`"):
         KPSVD(nesterov=True)
     KPSVD(nesterov=True, learning_rate=0.1)
+
+
+def test_extrapolated_models_are_refused_with_conjugate_gradients():
+    with pytest.raises(ValueError, match=r"`fit_interval`.*`conjugate_steps`"):
+        KPSVD(fit_interval=10)
+    KPSVD(fit_interval=10, conjugate_steps=1)
 
 
 def test_the_ends_of_every_range_are_accepted():

@@ -86,13 +86,16 @@ def test_exact_products_are_taken_only_where_due_and_kept_as_taken():
         return QuadraticModel(curvature, [change, change])
 
     nothing = KeptModel(*(tf.zeros(shape) for shape in ((2, 2), (2, 2), (), (2,))))
-    step, trusted, kept = next_step(exact, tf.constant(True), nothing, slopes, 0.9)
+    step, trusted, kept = next_step(exact, tf.constant(True), nothing, slopes, 0.9, tf.constant(1.0))
     assert len(calls) == 1
     np.testing.assert_array_equal(kept.curvature, curvature)
     np.testing.assert_array_equal(kept.logit_changes, 2 * change)
     np.testing.assert_allclose(kept.coefficients, [-step.rate, step.momentum])
-    again, _, further = next_step(exact, tf.constant(False), kept, slopes, 0.9)
+    assert 0 < trusted <= 1
+    short, part, _ = next_step(exact, True, nothing, slopes, 0.9, tf.constant(0.25))
+    np.testing.assert_allclose([*short, part], 0.25 * np.array([step.rate, step.momentum, trusted]), rtol=1e-6)
+    calls.pop()
+    again, _, further = next_step(exact, tf.constant(False), kept, slopes, 0.9, tf.constant(1.0))
     assert len(calls) == 1
     np.testing.assert_array_equal(further.curvature, extrapolate(kept, slopes[0])[0])
     assert again.rate > 0
-    assert 0 < trusted <= 1

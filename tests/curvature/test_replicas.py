@@ -6,9 +6,10 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVDDense, likelihoods
+from keras_kpsvd.curvature.conjugate import fisher_product
 from keras_kpsvd.curvature.placement import spread
 from keras_kpsvd.curvature.replicas import JointPass
-from keras_kpsvd.curvature.step_control import quadratic_model
+from keras_kpsvd.curvature.step_control import changes_of_outputs, quadratic_model
 from keras_kpsvd.layers import Recorder
 
 SEED = tf.constant([3, 4])
@@ -42,7 +43,7 @@ def _passes(model, parts, weights):
 @pytest.mark.parametrize("split", [(5, 6), (0, 11), (10, 1), (4, 4, 3)])
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_passes_of_parts_of_a_batch_are_as_one_pass_of_the_whole(split, fisher):
-    """The same targets are drawn, whatever the split; samples, and the quadratic model, agree."""
+    """The same targets are drawn, whatever the split; samples, the quadratic model and Fisher products agree."""
     rng = np.random.default_rng(0)
     model, x, weight = _model(), rng.normal(size=(11, 4)).astype("float32"), rng.random(11).astype("float32")
     ends = np.cumsum(split)[:-1]
@@ -57,7 +58,9 @@ def test_passes_of_parts_of_a_batch_are_as_one_pass_of_the_whole(split, fisher):
             for layer in passes[0].layers
         }
         quadratic = quadratic_model(joint, [direction], tf.constant(0.1), SEED)
+        product = fisher_product(joint, list(direction), changes_of_outputs(joint, direction), SEED)
         flat = [value for of_layer in calls.values() for call in of_layer for value in call]
+        flat += [value for values in product.values() for value in values]
         results.append([*flat, quadratic.curvature, *quadratic.logit_changes])
         assert int(joint.rows) == 11
     rows = 7 if fisher == "sampled" else 7 * 5

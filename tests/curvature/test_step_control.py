@@ -15,9 +15,11 @@ from keras_kpsvd.curvature.step_control import (
     control_after,
     fit_step,
     follow_damping,
+    holds_on_other_batches,
     inner,
     linearised_outputs,
     quadratic_model,
+    share_of_batch,
     trusted_part,
 )
 from keras_kpsvd.layers import Recorder, RecordingLayer
@@ -301,7 +303,8 @@ def test_curvature_that_is_not_a_number_is_not_taken_for_none():
         pytest.param(-0.5, 0.8, id="the step was short"),
         pytest.param(0.2, 0.8, id="ratio 0.8"),
         pytest.param(0.5, 1.0, id="ratio 0.5"),
-        pytest.param(0.8, 1 / 0.8, id="ratio 0.2"),
+        pytest.param(0.8, 1.0, id="ratio 0.2"),
+        pytest.param(1.1, 1 / 0.8, id="ratio -0.1"),
         pytest.param(3.0, 1 / 0.8, id="overshot"),
     ],
 )
@@ -361,3 +364,20 @@ def test_steps_cut_short_judge_the_model_as_whole_ones_do(trusted, curvature):
     _, damping, averages = control_after(last, tf.constant(1.0), averages, tf.constant(after), tf.constant(0.0), 1.0)
     assert float(1 + averages[1] / averages[0]) == pytest.approx(2 - curvature, abs=1e-5)
     assert float(damping) == pytest.approx({1.0: 0.8, 2.0: 1.25, 0.5: 0.8}[curvature])
+
+
+def test_small_batches_take_their_share_of_a_step():
+    usual = tf.constant(0.0)
+    share, usual = share_of_batch(tf.constant(256), usual)
+    assert (float(share), float(usual)) == (1.0, 256.0)
+    share, usual = share_of_batch(tf.constant(16), usual)
+    assert float(share) == 16 / 256
+    assert float(usual) == pytest.approx(0.95 * 256 + 0.05 * 16)
+    share, usual = share_of_batch(tf.constant(512), usual)
+    assert float(share) == 1.0
+
+
+def test_conjugate_gradients_go_on_while_half_of_a_step_holds_on_the_next_batch():
+    for after, expected in ((0.49, True), (0.51, False), (-1.0, True)):
+        assert bool(holds_on_other_batches(tf.constant([-1.0, after]))) == expected
+    assert bool(holds_on_other_batches(tf.zeros(2)))

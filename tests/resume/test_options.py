@@ -116,9 +116,10 @@ def test_a_dynamic_loss_scale_that_grows_between_goes_on_in_the_same_bits(tmp_pa
 def _extrapolated_run(method, path):
     """Extrapolation begins with update 100 and batches of 16; the last exact fit is not the step before the save."""
     intervals = {"curvature_interval": 6, "inverse_interval": 9, "fit_interval": 7}
+    cheap = {"conjugate_steps": 1}
     batch, saved_at, batches = 16, 113, 130
     x, y = data(batches, batch)
-    model = network(KPSVD(method=method, **intervals))
+    model = network(KPSVD(method=method, **intervals, **cheap))
     saved = []
 
     def save(model):
