@@ -52,8 +52,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
     The curvature is that of the loss as compiled: its generalised Gauss–Newton matrix, `E[∇log p ∇log pᵀ]/c` for a loss
     that Keras averages over `c` outputs. A unit step is Newton-like whatever the width of the output.
 
-    By default nothing has to be tuned: step length, momentum and damping are found from the exact quadratic model of
-    the loss in every step (`curvature.step_control`). With a number or schedule as `learning_rate` the step is the
+    By default nothing has to be tuned: direction, step length and momentum are found from the exact quadratic model of
+    the loss in every step (`curvature.step_control`, `curvature.conjugate`). With a number or schedule as `learning_rate` the step is the
     paper's: that rate times the preconditioned gradient, shortened to the KL bound, through SGD's momentum.
 
     The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the
@@ -70,14 +70,14 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With
             "adaptive", rate and momentum minimise the quadratic model along the preconditioned gradient and the
             previous step (Martens & Grosse 2015, §7), shortened where the logits of a "categorical" or "bernoulli"
-            output would move by more than 2 (root mean square), and variables of other layers train at the rate 0.01
-            (`optimizer.learning_rate` sets it).
+            output would move by more than 2 (root mean square) and for batches smaller than the usual. Variables of
+            other layers train at the rate 0.01 (`optimizer.learning_rate` sets it).
         method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
             second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.03 and follows how far
-            the quadratic model is right (`curvature.step_control`); a number > 0 holds it.
+        damping: the paper's λ, in units of the compiled loss's curvature: "adaptive" starts at 0.003 and follows how
+            far the quadratic model is right (`curvature.step_control`); a number > 0 holds it.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method.
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).

@@ -217,7 +217,7 @@ plt.show()
 #
 # - **Forward and backward pass:** each device, for its rows. The gradients are summed over the devices, by Keras's own
 #   rule.
-# - **Curvature:** in every tenth step the rows of all devices are put together again, in the order of the batch: the
+# - **Curvature:** in every fifth step the rows of all devices are put together again, in the order of the batch: the
 #   inputs of a layer and the gradients at its outputs go to the one device that works on that layer. So every example
 #   has the same weight in the statistics, however unevenly the batch was split, and the targets that are drawn are
 #   those of one device.
