@@ -53,8 +53,9 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
     that Keras averages over `c` outputs. A unit step is Newton-like whatever the width of the output.
 
     By default nothing has to be tuned: direction, step length and momentum are found from the exact quadratic model of
-    the loss in every step (`curvature.step_control`, `curvature.conjugate`). With a number or schedule as `learning_rate` the step is the
-    paper's: that rate times the preconditioned gradient, shortened to the KL bound, through SGD's momentum.
+    the loss in every step (`curvature.step_control`, `curvature.conjugate`). With a number or schedule as
+    `learning_rate` the step is the paper's: that rate times the preconditioned gradient, shortened to the KL bound,
+    through SGD's momentum.
 
     The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the
     first call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose
