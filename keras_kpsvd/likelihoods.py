@@ -233,25 +233,6 @@ def fisher_inner(head: Head, tangents: list[tf.Tensor], seed: tf.Tensor, draws: 
     return tf.cast(0.5 * (products + tf.transpose(products)), tf.float32)
 
 
-def fisher_product(head: Head, tangent: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """The gradient of `½ fisher_inner(head, [tangent], seed)` by the tangent: `κ F_z tangent / batch`, row by row.
-
-    Args:
-        head: as `fisher_inner`.
-        tangent: `[batch, ...]`, of the shape of its outputs.
-        seed: likewise.
-
-    Returns:
-        The same shape, float32 or float64.
-    """
-    tangent = tf.cast(tangent, _leaf(head).dtype)
-    probe = tf.zeros_like(tangent)
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(probe)
-        product = fisher_inner(head, [tangent, probe], seed)[0, 1]
-    return tape.gradient(product, probe)
-
-
 def heads(
     likelihood: str | Callable,
     model: keras.Model | None,

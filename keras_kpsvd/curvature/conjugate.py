@@ -111,9 +111,7 @@ def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], se
         In float32, float64 for layers that compute in it.
     """
     heads = joint.heads()
-    cotangents = [
-        likelihoods.fisher_product(head, tangent, seed) for head, tangent in zip(heads, tangents, strict=True)
-    ]
+    cotangents = [_fisher_at_outputs(head, tangent, seed) for head, tangent in zip(heads, tangents, strict=True)]
     # Half precision is where outputs may be: in units of the largest, or small ones would vanish.
     largest = tf.reduce_max(tf.stack([tf.cast(tf.reduce_max(tf.abs(one)), tf.float32) for one in cotangents]))
     units = [tf.math.divide_no_nan(one, tf.cast(largest, one.dtype)) for one in cotangents]
@@ -124,6 +122,16 @@ def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], se
 
     flat = iter(joint.sums_by(pulled_back, units))
     return scaled({layer: [next(flat) for _ in layer.curvature_variables] for layer in layers}, largest)
+
+
+def _fisher_at_outputs(head: likelihoods.Head, tangent: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """`κ F_z tangent / batch`, row by row: the gradient of `½ fisher_inner(head, [tangent], seed)` by the tangent."""
+    tangent = at_least_float32(tangent)
+    probe = tf.zeros_like(tangent)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(probe)
+        product = likelihoods.fisher_inner(head, [tangent, probe], seed)[0, 1]
+    return tape.gradient(product, probe)
 
 
 def weight_products(
