@@ -168,7 +168,8 @@ def test_factors_of_an_uneven_batch_are_those_of_one_device(strategy, fisher):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_has_curvature_on_every_device(strategy, policy):
     """The step of float16 is traced by other threads than the forward pass. (Conjugate gradients would multiply the
-    rounding of half precision, in which the replicas differ.)"""
+    rounding of half precision, in which the replicas differ.)
+    """
 
     def build():
         keras.utils.set_random_seed(0)

@@ -83,7 +83,10 @@ def _options(draw):
         "factor_decay": draw(st.sampled_from([0.0, 0.85])),
         "fisher_batch_size": draw(st.sampled_from([None, 2])),
         "seed": draw(st.integers(0, 3)),
-        **{f"{name}_interval": draw(st.integers(1, 3)) for name in ("curvature", "inverse", "fit")},
+        **{f"{name}_interval": draw(st.integers(1, 3)) for name in ("curvature", "inverse")},
+        **draw(
+            st.sampled_from([{}, {"conjugate_steps": 2}, *({"conjugate_steps": 1, "fit_interval": n} for n in (1, 3))])
+        ),
     }
     if draw(st.booleans()):
         rates = st.sampled_from([0.03, keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)])
