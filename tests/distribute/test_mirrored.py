@@ -75,7 +75,8 @@ def _two_outputs():
 
 CASES = {
     "defaults": (_network, {}),
-    "kpsvd": (_network, {"method": "kpsvd"}),
+    # λ held: where it has fallen to its floor, a step multiplies rounding along directions that hardly matter.
+    "kpsvd": (_network, {"method": "kpsvd", "damping": 0.01}),
     "kfac_corrected, empirical": (_network, {"method": "kfac_corrected", "fisher": "empirical", "use_ema": True}),
     "given rate, exact": (_network, {**PLAIN, "momentum": 0.5, "kl_clip": 1e-2, "weight_decay": 0.1}),
     "nesterov": (_network, {**PLAIN, "momentum": 0.5, "nesterov": True}),
