@@ -75,7 +75,7 @@ def _goes_on_in_the_same_bits(optimizer, path):
     fit(model, x, y, SAVED_AT, BATCHES)
     assert_bitwise(everything(model), uninterrupted)
     moved = [one.tobytes() != other.tobytes() for (_, one), (_, other) in zip(saved[0], uninterrupted, strict=True)]
-    assert sum(moved) > len(moved) // 2  # There was something to do between.
+    assert sum(moved) >= len(moved) // 2  # There was something to do between.
     return model
 
 
