@@ -71,9 +71,33 @@ CONTESTANTS = {
         Contestant("muon", "muon", _RATES),
         *(
             Contestant(
-                method, "kpsvd", ({"method": method}, *({"method": method, "damping": value} for value in (0.1, 0.01)))
+                method,
+                "kpsvd",
+                ({"method": method}, *({"method": method, "damping": value} for value in (0.01, 0.001))),
             )
             for method in METHODS
         ),
     )
 }
+
+
+def edge_of_grid(label: str, options: dict[str, Any] | None) -> str | None:
+    """Where a chosen setting is the largest or the smallest number that its grid tries: a better one may lie beyond.
+
+    Args:
+        label: of a contestant; of others nothing is known.
+        options: the chosen setting; None for none.
+
+    Returns:
+        For example "learning_rate=0.01 is the largest tried"; None inside the grid, and for what is not a number.
+    """
+    if options is None or label not in CONTESTANTS:
+        return None
+    for name, value in options.items():
+        numbers = {one[name] for one in CONTESTANTS[label].grid if isinstance(one.get(name), int | float)}
+        if len(numbers) < 2 or value not in numbers:
+            continue
+        for extreme, word in ((max(numbers), "largest"), (min(numbers), "smallest")):
+            if value == extreme:
+                return f"{name}={value:g} is the {word} tried"
+    return None

@@ -4,7 +4,7 @@
 
 The harness (`problems.Problem.train`, which `reproduce.py` and `defaults.py` use) hooks nothing to single batches and
 evaluates between epochs, off the clock. Rounds on one model alternate between its epochs, timed by itself, and those of
-a bare `model.fit` without callbacks. Writes results/harness.csv.
+a bare `model.fit` of the same batches without callbacks. Writes results/harness.csv.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ def ready(problem: str, batch: int, samples: int, optimizer: str, options: dict)
 
 
 def bare_seconds(model: Any, data: Any, batch: int, epochs: int) -> float:
-    """Seconds of an epoch of plain `fit`."""
+    """Seconds of an epoch of plain `fit` on the same `problems.batches`."""
+    from problems import batches
+
+    training = batches(*data[:2], batch, shuffle=True)
     began = time.perf_counter()
-    model.fit(*data[:2], batch_size=batch, epochs=epochs, verbose=0)
+    model.fit(training, epochs=epochs, shuffle=False, verbose=0)
     return (time.perf_counter() - began) / epochs
 
 

@@ -3,9 +3,10 @@
     python benchmarks/monitor.py [--rounds 7] [--epochs 10] [--quick] [--out benchmarks/results/monitor.csv]
 
 Two models of one network, with the same weights, data and seed, are trained side by side by stock `fit`, one of them
-with the monitor at its default budget, writing CSV and TensorBoard files. A round is one `fit` of each, of so many
-epochs, so that the monitor begins its budget anew in each; who comes first alternates. One epoch before the rounds
-traces both, and is in the table by itself. That the weights of both agree to the last bit is checked.
+with the monitor at its default budget, writing CSV and TensorBoard files; `problems.batches` says why not from arrays.
+A round is one `fit` of each, of so many epochs, so that the monitor begins its budget anew in each; who comes first
+alternates. One epoch before the rounds traces both, and is in the table by itself. That the weights of both agree to
+the last bit is checked.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 from command_line import count
 from measurements import write
-from problems import PROBLEMS
+from problems import PROBLEMS, batches
 from runs import cores
 
 from keras_kpsvd import KPSVD
@@ -82,7 +83,7 @@ class Contestant:
         """The seconds of all of it."""
         callbacks = [] if self.monitor is None else [self.monitor]
         began = time.perf_counter()
-        self.model.fit(x, y, batch_size=batch, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+        self.model.fit(batches(x, y, batch), epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
         return time.perf_counter() - began
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
 HELD_OUT = 1_000  # at most so many examples are held out: they are evaluated after every epoch
 CURVES = (784, 400, 200, 100, 50, 25, 6)
@@ -162,8 +163,10 @@ def fit(
 
     x, y, x_val, y_val = data
 
+    training, held_out = batches(x, y, batch, shuffle=True), batches(x_val, y_val, batch)
+
     def end(epoch: int, logs: dict[str, Any]) -> None:
-        recorder.end(epoch, logs, lambda: model.evaluate(x_val, y_val, batch_size=batch, verbose=0, return_dict=True))
+        recorder.end(epoch, logs, lambda: model.evaluate(held_out, verbose=0, return_dict=True))
         if recorder.reason is not None:
             model.stop_training = True
         elif watch is not None:
@@ -174,7 +177,25 @@ def fit(
     if watch is not None:
         watch(model, x, 0)
     recorder.start()
-    model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[callback])
+    model.fit(training, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback])
+
+
+def batches(x: np.ndarray, y: np.ndarray, batch: int, *, shuffle: bool = False) -> tf.data.Dataset:
+    """What `fit` makes of two arrays, without `tf.data`'s tuning thread, and in a new order every epoch if asked.
+
+    Keras deletes an epoch's iterator when the next begins, and TensorFlow then waits for that thread to end a sleep,
+    which grows with the time the iterator was there: seconds of chance, more of them the longer something else, as an
+    evaluation, happens between epochs.
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    rows = tf.data.Dataset.range(len(x))
+    if shuffle:
+        rows = rows.shuffle(len(x), reshuffle_each_iteration=True)
+    x, y = tf.constant(x), tf.constant(y)
+    return rows.batch(batch).map(lambda of: (tf.gather(x, of), tf.gather(y, of))).prefetch(2).with_options(options)
 
 
 def _autoencoder_data(name: str) -> Callable[[int, int], Data]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import figures
 from ablation import MEASURES, SECONDS, Case, ablation_lines, cases_of, sentences, table_of
+from contestants import edge_of_grid
 from defaults import write_csv
 from evidence import (
     SUMMARY,
@@ -137,6 +138,10 @@ def _comparison(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | No
         pages.heading(title, 3)
         pages.table(cells_of(summarise(own), SUMMARY))
         pages.say(stands_on(_of(rows, "comparison", setting), _of(planned, "comparison", setting)))
+        edges = [(one.label, edge_of_grid(one.label, one.options)) for one in own]
+        if any(edge for _, edge in edges):
+            found = "; ".join(f"{label}, {edge}" for label, edge in edges if edge)
+            pages.say(f"At the edge of their grids, so that a better setting may lie beyond: {found}.")
         pages.say(*conditions(row for standing in own for row in standing.rows.values()))
         if any(standing.rows for standing in own):
             name = file_name("losses", title)

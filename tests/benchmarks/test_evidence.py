@@ -182,3 +182,12 @@ def test_report_writes_what_it_says(tmp_path):
         "to_target.png", "epoch_cost.png",
     }  # fmt: skip
     assert "Stands on 0 runs" in make_report([], tmp_path)
+
+
+def test_report_tells_settings_at_the_edge_of_their_grids(tmp_path):
+    from report import make_report
+
+    rows = [run_of("adam", [loss], options={"learning_rate": rate}) for rate, loss in ((1e-2, 0.1), (3e-3, 0.2))]
+    sentence = "At the edge of their grids, so that a better setting may lie beyond: adam, learning_rate=0.01 is the"
+    assert sentence in make_report(rows, tmp_path / "edge")
+    assert "At the edge" not in make_report(rows[1:], tmp_path / "inside")

@@ -169,6 +169,20 @@ def test_training_hooks_nothing_to_single_batches_and_watches_off_the_clock(monk
     assert recorder.seconds == [0.0, 0.0] and recorder.setup_seconds == 0.0
 
 
+def test_batches_hold_every_example_once_and_come_in_a_new_order_only_if_asked():
+    import problems
+
+    x, y = np.arange(10, dtype="float32")[:, None], np.arange(10)
+    plain, shuffled = problems.batches(x, y, 4), problems.batches(x, y, 4, shuffle=True)
+    assert [one.tolist() for _, one in plain.as_numpy_iterator()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    epochs = [list(shuffled.as_numpy_iterator()) for _ in range(3)]
+    orders = [np.concatenate([targets for _, targets in epoch]).tolist() for epoch in epochs]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert all((inputs[:, 0] == targets).all() for epoch in epochs for inputs, targets in epoch)
+    assert plain.options().autotune.enabled is False and shuffled.options().autotune.enabled is False
+
+
 def test_run_that_diverges_or_fails_is_a_row_with_its_reason():
     from runs import check_row, train
 

@@ -83,6 +83,7 @@ def test_ablation_changes_one_thing_at_a_time():
     changed = {
         "damping": {"damping_rule", "damping"},
         "indefinite": {"indefinite"},
+        "conjugate gradients": {"conjugate_steps"},
         "interval": {"curvature_interval", "inverse_interval"},
         "batch": {"fisher_batch_size"},
         "fisher": {"fisher"},
@@ -92,19 +93,39 @@ def test_ablation_changes_one_thing_at_a_time():
     methods = {aspect: {o["method"] for label, o in cases if label.startswith(aspect)} for aspect in changed}
     assert methods["damping"] == set(METHODS)
     assert methods["indefinite"] == {"deflation", "lanczos", "kfac_corrected"}
-    assert all(methods[aspect] == {"lanczos"} for aspect in ("interval", "batch", "fisher"))
+    assert all(methods[aspect] == {"lanczos"} for aspect in ("conjugate gradients", "interval", "batch", "fisher"))
     by_label = {}
     for label, options in cases:
         by_label.setdefault(label, []).append({k: v for k, v in options.items() if k != "method"})
-    assert by_label["damping: factor, λ=0.03"] == [{"damping_rule": "factor", "damping": 0.03}] * 5
-    assert {o["curvature_interval"] for label, own in by_label.items() if "interval" in label for o in own} == {
-        5,
-        20,
-        100,
-    }
+    assert by_label["damping: factor, λ=0.003"] == [{"damping_rule": "factor", "damping": 0.003}] * 5
+    intervals = [own[0] for label, own in by_label.items() if "interval" in label]
+    assert intervals == [{}, *({"curvature_interval": n, "inverse_interval": n} for n in (20, 100))]
+    steps = [own[0] for label, own in by_label.items() if "conjugate" in label]
+    assert steps == [{"conjugate_steps": 1}, {"conjugate_steps": 2}, {}]
     assert by_label["batch: quarter"][0] == {"fisher_batch_size": 16}
     assert by_label["batch: whole"][0] == {"fisher_batch_size": 64}
     assert not any("exact" in label for label, _ in ablation_cases(64, METHODS, METHODS, exact=False))
+
+
+def test_cases_that_name_no_option_are_those_of_the_defaults():
+    """The labels say "3" and "every 5" where the options are left to KPSVD."""
+    from plans import DEFAULTS
+
+    import keras_kpsvd
+
+    config = keras_kpsvd.KPSVD().get_config()
+    assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_chosen_setting_at_the_edge_of_its_grid_is_told():
+    from contestants import edge_of_grid
+
+    assert edge_of_grid("adam", {"learning_rate": 1e-2}) == "learning_rate=0.01 is the largest tried"
+    assert edge_of_grid("adam", {"learning_rate": 1e-3}) == "learning_rate=0.001 is the smallest tried"
+    assert edge_of_grid("sgd", {"momentum": 0.9, "learning_rate": 10.0}) == "learning_rate=10 is the largest tried"
+    assert edge_of_grid("kfac", {"method": "kfac", "damping": 0.001}) == "damping=0.001 is the smallest tried"
+    inside = [("adam", {"learning_rate": 3e-3}), ("kfac", {"method": "kfac"}), ("lion", {"rate": 1.0}), ("adam", None)]
+    assert [edge_of_grid(*one) for one in inside] == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -149,7 +170,7 @@ def test_plan_stands_before_anything_runs_and_an_interrupted_command_goes_on(sma
     started.stop_at = 0
     assert _main(tmp_path, "run", "--studies", "comparison") == 130
     _, plan = read_plan(tmp_path / "plan.json")
-    assert len(plan) == 2 * 3 + 2 * 2 + 1 + 12 and not (tmp_path / "runs.jsonl").exists()
+    assert len(plan) == 2 * 3 + 2 * 2 + 1 + 15 and not (tmp_path / "runs.jsonl").exists()
     started.stop_at = 4
     assert _main(tmp_path, "run", "--studies", "comparison") == 130
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
@@ -179,8 +200,8 @@ def test_runs_that_differ_in_name_only_are_made_once(small, started, tmp_path):
     assert set(made.values()) == {1}
     rows = Results(tmp_path / "runs.jsonl").rows.values()
     shared = [row for row in rows if row.get("shared")]
-    assert len(rows) == len(started.runs) + len(shared) == 12
-    assert [row["label"] for row in shared] == ["fisher: sampled"]
+    assert len(rows) == len(started.runs) + len(shared) == 15
+    assert {row["label"] for row in shared} == {"conjugate gradients: 3", "interval: every 5", "fisher: sampled"}
     (twin,) = (row for row in rows if row["label"] == "damping: sqrt, adaptive λ")
     assert {k: v for k, v in shared[0].items() if k not in ("label", "shared")} == {
         k: v for k, v in twin.items() if k != "label"

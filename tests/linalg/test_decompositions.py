@@ -62,3 +62,31 @@ def test_tensorflows_own_eigh_raises():
     """Should this fail one day, there is no need of ours."""
     with pytest.raises(tf.errors.InvalidArgumentError):
         tf.function(tf.linalg.eigh)(tf.constant([[np.nan, 0.0], [1.0, 1.0]]))
+
+
+def test_calls_wait_for_no_other():
+    """TensorFlow orders stateful callbacks, and with them all that depends on them: layers would take turns."""
+
+    @tf.function
+    def several(matrices):
+        return [eigh(matrix) for matrix in matrices]
+
+    graph = several.get_concrete_function([tf.TensorSpec([3, 3])] * 4).graph
+    calls = [operation for operation in graph.get_operations() if "PyFunc" in operation.type]
+    assert len(calls) == 4
+    assert not any(call.control_inputs for call in calls)
+    assert not any(call.op_def.is_stateful for call in calls)
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_shapes_and_dtypes_are_known_before_it_runs(dtype, in_graph):
+    seen = []
+
+    def looked_at(matrix):
+        values, vectors = eigh(matrix)
+        seen.extend([(values.shape, values.dtype), (vectors.shape, vectors.dtype)])
+        return values
+
+    (tf.function(looked_at) if in_graph else looked_at)(tf.eye(5, dtype=dtype))
+    assert seen == [((5,), tf.as_dtype(dtype).real_dtype), ((5, 5), tf.as_dtype(dtype))]
