@@ -73,7 +73,7 @@ SCALES = {
             "conv": Size(2_000, 128, 8),
         },
         errors={"curves": Size(5_000, 256, 15, 1), "mnist": Size(4_000, 512, 10, 1)},
-        ablation={"digits": Size(1_437, 128, 10), "curves": Size(3_000, 256, 8, 1)},
+        ablation={"digits": Size(1_437, 128, 10, 2), "curves": Size(3_000, 256, 8, 1)},
     ),
     # The paper's batch sizes and epochs, and as many images as the offline data sets give: for a GPU and patience.
     "paper": Scale(

@@ -21,7 +21,16 @@ def _build(layers=1):
 def _network(method="kfac", build=_build):
     from guards import Network
 
-    return Network("tiny", build, "sparse_categorical_crossentropy", batch=16, classes=5, method=method, alone=False)
+    return Network(
+        "tiny",
+        build,
+        "sparse_categorical_crossentropy",
+        batch=16,
+        classes=5,
+        method=method,
+        step="cheapest",
+        alone=False,
+    )
 
 
 @functools.cache
@@ -101,14 +110,14 @@ def test_guards_are_back_once_a_step_is_traced():
 
 @pytest.mark.parametrize("method", ["kfac", "kfac_corrected"])
 def test_weights_agree_to_rounding_and_but_for_eigh_to_the_last_bit(method):
-    from guards import AGREEING_STEPS, GUARDS, TOLERANCE, difference, train_past_exact_updates
+    from guards import AGREEING_STEPS, GUARDS, TOLERANCES, difference, train_past_exact_updates
 
     stock = _trainer(method)
     start = train_past_exact_updates(stock, 10)
     before = stock.weights()
     expected = stock.observe(start, AGREEING_STEPS)
     of_eigh = [one for one in GUARDS if one != "eigh"]
-    for removed, tolerance in ((tuple(GUARDS), TOLERANCE), (tuple(of_eigh), 1e-6)):
+    for removed, tolerance in ((tuple(GUARDS), TOLERANCES["cheapest"]), (tuple(of_eigh), 1e-6)):
         observed = _trainer(method, *removed).observe(start, AGREEING_STEPS)
         assert difference(observed.weights, expected.weights, before) <= tolerance
         assert observed.exact_fits == expected.exact_fits
@@ -118,12 +127,12 @@ def test_weights_agree_to_rounding_and_but_for_eigh_to_the_last_bit(method):
 def test_steps_that_did_something_else_are_not_compared():
     from guards import check_agreement
 
-    check_agreement("one", 1e-6, [True, False], [True, False])
+    check_agreement("one", 1e-6, 1e-3, [True, False], [True, False])
     for off in (0.5, float("nan")):
         with pytest.raises(RuntimeError, match="weights are off"):
-            check_agreement("one", off, [True], [True])
+            check_agreement("one", off, 1e-3, [True], [True])
     with pytest.raises(RuntimeError, match="exact fits"):
-        check_agreement("one", 0.0, [True, False], [False, True])
+        check_agreement("one", 0.0, 1e-3, [True, False], [False, True])
 
 
 def test_ratios_are_of_rounds_and_the_file_has_the_lines_of_the_table(monkeypatch, tmp_path, capsys):

@@ -256,9 +256,9 @@ def test_status_counts_what_is_through_running_and_left(small, started, tmp_path
     printed = capsys.readouterr().out.splitlines()
     assert "comparison   digits      6 of 6 through" in printed
     assert "comparison   narrow      0 of 4 through" in printed
-    assert "ablation     digits      0 of 12 through" in printed and "running: digits, batch 32" in printed
-    # Stand-ins take 2 s an epoch: 4 runs of 1 epoch, 12 and 1 of 2.
-    assert printed[-1] == "17 runs left, about 60 s"
+    assert "ablation     digits      0 of 15 through" in printed and "running: digits, batch 32" in printed
+    # Stand-ins take 2 s an epoch: 4 runs of 1 epoch, 15 and 1 of 2.
+    assert printed[-1] == "20 runs left, about 72 s"
     assert _main(tmp_path, "run") == 2 and "already" in capsys.readouterr().err
     running["process"] = 2**22 + 1  # beyond Linux's largest: a process that is gone
     (tmp_path / "running.json").write_text(json.dumps(running))
