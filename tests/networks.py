@@ -60,3 +60,9 @@ def assert_same(one, other):
 def variable(optimizer, name):
     """The value of an optimizer's variable."""
     return next(v.numpy() for v in optimizer.variables if v.name == name)
+
+
+def assert_told_once(told):
+    """Of the warnings that `pytest.warns` caught, one is a RuntimeWarning."""
+    messages = [str(one.message) for one in told if issubclass(one.category, RuntimeWarning)]
+    assert len(messages) == 1, messages

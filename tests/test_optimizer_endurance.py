@@ -16,7 +16,7 @@ from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.curvature.failures import MAX_FAILURES
 from keras_kpsvd.tracing import graph_function
 from tests import reference
-from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
+from tests.networks import assert_same, assert_told_once, compiled, matrices, problem, state, tanh_network, variable
 
 PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": 2.0**-7, "kl_clip": None, "fisher": "exact"}
 EVERY_STEP = {"curvature_interval": 1, "inverse_interval": 1}
@@ -81,26 +81,43 @@ def test_at_the_end_of_fit_averages_replace_the_weights_though_the_last_step_was
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_a_layer_that_fails_twenty_times_in_a_row_ends_training_by_name(monkeypatch, eager):
-    sound = state_module.invert_one_term
+@pytest.mark.parametrize(
+    ("broken", "counted", "said"),
+    [
+        ("invert_one_term", "inversion_failures", "its decomposition failed"),
+        ("_batch_terms", "refresh_failures", "its new curvature is not finite"),
+    ],
+)
+def test_a_layer_that_fails_twenty_times_in_a_row_ends_training_by_name(monkeypatch, broken, counted, said, eager):
+    """The steps before the twentieth are taken; its own is not."""
+    sound = getattr(state_module, broken)
 
-    def broken(a, *rest):
-        spoilt = tf.where(tf.shape(a)[0] == 5, np.nan, 1.0)
-        return tuple(tf.cast(spoilt, result.dtype) * result for result in sound(a, *rest))
+    def spoilt(first, *rest):
+        result = sound(first, *rest)
+        size = tf.shape(first)[0] if broken == "invert_one_term" else tf.shape(rest[0].activations)[-1]
+        factor = tf.where(size == 5, np.nan, 1.0)
+        return tf.nest.map_structure(lambda one: tf.cast(factor, one.dtype) * one, result)
 
-    monkeypatch.setattr(state_module, "invert_one_term", broken)
+    monkeypatch.setattr(state_module, broken, spoilt)
     graph_function.cache_clear()
     x, y = problem(dtype="float32")
     model = compiled(_network(), KPSVD(method="kfac", **EVERY_STEP), run_eagerly=eager)
     try:
-        with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed"):
-            for _ in range(MAX_FAILURES - 1):
+        with pytest.warns(RuntimeWarning, match=f"'dense0': {said}"):
+            for _ in range(MAX_FAILURES - 2):
                 model.train_on_batch(x, y)
+            first = model.get_weights()
+            model.train_on_batch(x, y)
+            before = model.get_weights()
             with pytest.raises(tf.errors.InvalidArgumentError, match=r"layer 'dense0'.*20 times in a row"):
                 model.train_on_batch(x, y)
     finally:
         graph_function.cache_clear()
-    assert variable(model.optimizer, "inversion_failures").tolist() == [MAX_FAILURES, 0]
+    assert variable(model.optimizer, counted).tolist() == [MAX_FAILURES, 0]
+    assert variable(model.optimizer, "updates") == MAX_FAILURES - 1
+    for then, last, now in zip(first, before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, last)
+        assert not np.array_equal(now, then)
     assert all(np.isfinite(values).all() for values in state(model).values())
 
 
@@ -136,8 +153,9 @@ def test_nan_in_the_middle_of_a_network_skips_the_step_and_names_the_layers(wher
     spoilt.value.assign(value)
     # A bad gradient concerns the layers before it only.
     named = "'network/before', 'network/after'" if where == "activation" else "'network/before' holds"
-    with pytest.warns(RuntimeWarning, match=f"the gradient of layer {named}"):
+    with pytest.warns(RuntimeWarning, match=f"the gradient of layer {named}") as told:
         model.train_on_batch(x, y)
+    assert_told_once(told)
     spoilt.value.assign(1.0)
     assert_same(state(model), before)
     model.train_on_batch(x, y)
@@ -171,13 +189,15 @@ def test_extreme_factors_leave_a_descent_direction_or_the_layer_falls_back(extre
     assert variable(model.optimizer, "skipped_steps") == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_dead_layer_that_lives_again_trains_as_one_that_never_died(method):
+@pytest.mark.parametrize(
+    ("method", "eager"), [*((method, False) for method in METHODS), ("kfac", True), ("kfac_corrected", True)]
+)
+def test_a_dead_layer_that_lives_again_trains_as_one_that_never_died(method, eager):
     """While it is dead its curvature is zero; the first refresh afterwards brings it back."""
     keras.utils.set_random_seed(0)
     hidden = KPSVDDense(6, activation="relu")
     model = keras.Sequential([keras.Input((4,)), hidden, KPSVDDense(2)])
-    compiled(model, KPSVD(method=method, seed=0, **EVERY_STEP), run_eagerly=False)
+    compiled(model, KPSVD(method=method, seed=0, **EVERY_STEP), run_eagerly=eager)
     x, y = problem(rows=20, dtype="float32")
     bias = hidden.bias.numpy()
     hidden.bias.assign(bias - 100)
@@ -222,11 +242,12 @@ class Stops(keras.callbacks.Callback):
             raise RuntimeError("the user's own")
 
 
-def test_an_exception_in_a_callback_leaves_whole_steps_and_training_goes_on():
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_exception_in_a_callback_leaves_whole_steps_and_training_goes_on(eager):
     x, y = problem(rows=48, dtype="float32")
     results = []
     for stopped in (False, True):
-        model = compiled(_network(), KPSVD(curvature_interval=2, inverse_interval=3, seed=1), run_eagerly=False)
+        model = compiled(_network(), KPSVD(curvature_interval=2, inverse_interval=3, seed=1), run_eagerly=eager)
         fit = {"batch_size": 8, "shuffle": False, "verbose": 0}
         if stopped:
             with pytest.raises(RuntimeError, match="the user's own"):

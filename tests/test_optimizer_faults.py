@@ -12,7 +12,7 @@ from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.tracing import graph_function
 from tests import reference
-from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
+from tests.networks import assert_same, assert_told_once, compiled, matrices, problem, state, tanh_network, variable
 
 PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": 2.0**-7, "kl_clip": None, "fisher": "exact"}
 EVERY_STEP = {"curvature_interval": 1, "inverse_interval": 1}
@@ -38,8 +38,9 @@ def test_a_batch_that_is_not_finite_is_skipped_whole_and_the_next_one_trains(eag
     model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **options, **EVERY_STEP), run_eagerly=eager)
     model.train_on_batch(x, y)
     before = state(model)
-    with pytest.warns(RuntimeWarning, match="skipped a step"):
+    with pytest.warns(RuntimeWarning, match="skipped a step") as told:
         model.train_on_batch(_spoilt(x, value), y)
+    assert_told_once(told)
     assert_same(state(model), before)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -49,13 +50,16 @@ def test_a_batch_that_is_not_finite_is_skipped_whole_and_the_next_one_trains(eag
     assert all(not np.array_equal(after[name], before[name]) for name in after if name.endswith(("kernel", "bias")))
 
 
-def test_a_target_that_is_nan_is_skipped_too():
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_target_that_is_not_finite_is_skipped_too(value, eager):
     """Activations and sampled gradients are finite here, the loss is not."""
     x, y = problem(dtype="float32")
-    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **EVERY_STEP))
+    model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **EVERY_STEP), run_eagerly=eager)
     before = state(model)
-    with pytest.warns(RuntimeWarning, match="skipped a step"):
-        model.train_on_batch(x, np.where(y == y[0, 0], np.nan, y))
+    with pytest.warns(RuntimeWarning, match="skipped a step") as told:
+        model.train_on_batch(x, np.where(y == y[0, 0], value, y).astype("float32"))
+    assert_told_once(told)
     assert_same(state(model), before)
 
 
@@ -162,8 +166,9 @@ def test_a_failed_decomposition_keeps_the_last_good_preconditioner_of_its_layer(
     model.make_train_function(force=True)
     start = matrices(model)
     x, y = problem(seed=1)
-    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed"):
+    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed") as told:
         model.train_on_batch(x, y)
+    assert_told_once(told)
     for one, other in zip(_preconditioner(model, "dense0"), good, strict=True):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(_preconditioner(model, "out")[0], others[0])
@@ -178,8 +183,9 @@ def test_a_layer_without_a_good_preconditioner_takes_a_plain_gradient_step(break
     break_decomposition(failure, d_in=5)
     model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN), run_eagerly=eager)
     start = matrices(model)
-    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed"):
+    with pytest.warns(RuntimeWarning, match="'dense0': its decomposition failed") as told:
         model.train_on_batch(x, y)
+    assert_told_once(told)
     gradients = reference.squared_error_gradients(start, x, y)
     terms = reference.method_terms(*reference.squared_error_samples(start, x)[1], "kfac")
     steps = [gradients[0], reference.damped_solve(terms, gradients[1], PLAIN["damping"])]

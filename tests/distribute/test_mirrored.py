@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense
 from tests import reference
-from tests.networks import matrices, problem, tanh_network, variable
+from tests.networks import assert_told_once, matrices, problem, tanh_network, variable
 
 DAMPING = 2.0**-7
 PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": DAMPING, "kl_clip": None, "fisher": "exact"}
@@ -201,8 +201,11 @@ def test_nan_on_one_device_skips_the_step_on_both(strategy, row):
         model.compile(KPSVD(**OFTEN), "mse")
     seen = []
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(model.get_weights()))
-    with pytest.warns(RuntimeWarning, match="skipped a step: the gradient of layer 'network/dense0', 'network/out'"):
+    with pytest.warns(
+        RuntimeWarning, match="skipped a step: the gradient of layer 'network/dense0', 'network/out'"
+    ) as told:
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[watch])
+    assert_told_once(told)
     for before, after in zip(*seen, strict=True):
         np.testing.assert_array_equal(before, after)
     assert variable(model.optimizer, "updates") == 1
