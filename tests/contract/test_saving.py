@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from keras_kpsvd import KPSVD
+from keras_kpsvd.optimizer import PLAIN_RATE
+from tests import reference
 from tests.contract.oracle import EVERY_STEP, PLAIN, assert_steps, moved, squared_error_directions
-from tests.networks import compiled, matrices, problem, tanh_network
+from tests.networks import compiled, matrices, problem, tanh_network, variable
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -69,25 +71,53 @@ def test_a_run_inside_another_optimizer_goes_on_from_its_file_bit_for_bit(tmp_pa
     assert all(np.linalg.norm(now - then) > 0 for now, then in zip(matrices(model), at_four, strict=True))
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_weights_loaded_after_compile_bring_the_state_for_the_first_step(tmp_path, eager):
-    """Where Keras's own optimizers drop it: compile, `load_weights`, `fit` goes on bit for bit."""
+def _loaded_after_compile(path, *, eager, built):
+    """A model after three steps, and one compiled anew that its weights were loaded into."""
     x, y = problem()
-    trained = compiled(tanh_network(), KPSVD(seed=1, curvature_interval=2), run_eagerly=eager)
+    options = {"seed": 1, "curvature_interval": 2}
+    trained = compiled(tanh_network(), KPSVD(**options), run_eagerly=eager)
     for _ in range(3):
         trained.train_on_batch(x, y)
-    trained.save_weights(tmp_path / "m.weights.h5")
+    trained.save_weights(path)
     model = tanh_network()
-    model.compile(KPSVD(seed=1, curvature_interval=2), "mse", run_eagerly=eager)
-    model.load_weights(tmp_path / "m.weights.h5")
-    for _ in range(2):
-        trained.train_on_batch(x, y)
-        model.train_on_batch(x, y)
-    values = [[v.numpy() for v in [*one.variables, *one.optimizer.variables]] for one in (trained, model)]
-    if eager:  # The first call of `apply` makes the state, after a pass that nobody recorded.
-        return
-    for one, other in zip(*values, strict=True):
-        np.testing.assert_array_equal(one, other)
+    model.compile(KPSVD(**options), "mse", run_eagerly=eager)
+    if built:
+        model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    return trained, model
+
+
+@pytest.mark.parametrize(("eager", "built"), [(False, False), (False, True), (True, True)])
+def test_weights_loaded_after_compile_bring_the_state_for_the_first_step(tmp_path, eager, built):
+    """Where Keras's own optimizers drop it: compile, `load_weights`, `fit` goes on bit for bit.
+
+    Of an eager model the optimizer has to be built first; see the next test.
+    """
+    models = _loaded_after_compile(tmp_path / "m.weights.h5", eager=eager, built=built)
+    x, y = problem()
+    for one in models:
+        one.fit(x, y, batch_size=5, shuffle=False, verbose=0)
+    for one, other in zip(*([*model.variables, *model.optimizer.variables] for model in models), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
+
+
+def test_eagerly_the_first_step_after_loading_is_the_loaded_preconditioners_at_the_plain_rate(tmp_path):
+    """The first call of `apply` makes the state, after a pass that nobody recorded and no length can be found from."""
+    trained, model = _loaded_after_compile(tmp_path / "m.weights.h5", eager=True, built=False)
+    x, y = problem()
+    start = matrices(model)
+    velocities = [one.numpy() for one in trained.optimizer.momentums]
+    gradients = reference.squared_error_gradients(start, x, y)
+    expected = []
+    for number, (block, gradient) in enumerate(zip(trained.optimizer._blocks, gradients, strict=True)):
+        velocity = np.concatenate([velocities[2 * number], velocities[2 * number + 1][None]])
+        direction = block.blocks[0].precondition(gradient).numpy()
+        expected.append(start[number] + 0.9 * velocity - PLAIN_RATE * direction)
+    for one in (trained, model):
+        one.train_on_batch(x, y)
+    assert_steps(matrices(model), expected, start)
+    assert not np.allclose(matrices(model)[0], matrices(trained)[0])
+    assert [variable(one.optimizer, "updates") for one in (trained, model)] == [4, 4]
 
 
 def test_an_interrupted_fit_goes_on_from_its_backup_bit_for_bit(tmp_path):
