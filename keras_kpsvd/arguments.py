@@ -82,6 +82,17 @@ def check_branches(strategy: tf.distribute.Strategy, **arguments: int | None) ->
             )
 
 
+def check_steps_per_execution(strategy: tf.distribute.Strategy, steps: int) -> None:
+    """One batch at a time on several devices, where Keras has no way to take more."""
+    replicas = strategy.num_replicas_in_sync
+    if replicas > 1 and steps > 1:
+        raise ValueError(
+            "`steps_per_execution` must be 1 on several devices: Keras takes more batches within a loop, which "
+            "TensorFlow ends with an InvalidArgumentError, or eagerly not at all. Leave it out of `compile`. "
+            f"Received: steps_per_execution={steps} with {replicas} replicas"
+        )
+
+
 def under_xla() -> bool:
     """Whether the function being traced is to be compiled by XLA."""
     return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))

@@ -19,6 +19,7 @@ from keras_kpsvd.arguments import (
     check_not_xla,
     check_positive,
     check_rate,
+    check_steps_per_execution,
     check_strategy,
     is_number,
     resolve_seed,
@@ -250,6 +251,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         if self._blocks:
             check_not_xla()
         forward_pass = self._recorder.take()
+        if forward_pass is not None and forward_pass.batch is not None:  # In hand-written loops it has no meaning.
+            check_steps_per_execution(self._distribution_strategy, forward_pass.model.steps_per_execution)
         pairs = self._all_reduce_sum_gradients(zip(grads, trainable_variables, strict=True))
         reduced = [gradient for gradient, _ in pairs]
         step = functools.partial(self._step, variables=trainable_variables)

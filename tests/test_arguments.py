@@ -1,11 +1,14 @@
 """Every bad argument is refused when the object is made, by name."""
 
+from unittest import mock
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_kpsvd import KPSVD
-from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive
+from keras_kpsvd.arguments import check_choice, check_count, check_fraction, check_positive, check_strategy
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD = {
@@ -54,6 +57,16 @@ def test_the_ends_of_every_range_are_accepted():
     KPSVD(learning_rate=lambda: 0.1)
     KPSVD(learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))
     KPSVD(likelihood=lambda outputs: outputs)
+
+
+def test_several_processes_need_a_seed():
+    """Refused when it is built: the strategy is known only then."""
+    several = mock.Mock(spec=tf.distribute.MultiWorkerMirroredStrategy, num_replicas_in_sync=2)
+    with pytest.raises(ValueError, match=r"`seed` must be .*the same in every process.* Received: seed=None"):
+        check_strategy(several, seeded=False)
+    check_strategy(several, seeded=True)
+    check_strategy(mock.Mock(spec=tf.distribute.MultiWorkerMirroredStrategy, num_replicas_in_sync=1), seeded=False)
+    check_strategy(mock.Mock(spec=tf.distribute.MirroredStrategy, num_replicas_in_sync=2), seeded=False)
 
 
 def test_messages_say_what_was_expected_and_what_was_received():

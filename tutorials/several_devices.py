@@ -239,8 +239,9 @@ plt.show()
 #
 # - **`gradient_accumulation_steps`, `ema_overwrite_frequency`.** Keras acts on them within a branch of the graph, where
 #   TensorFlow lets devices not talk to each other. `KPSVD` raises an error that says so. Leave them out.
-# - **`steps_per_execution` above 1.** Keras then takes its batches within a loop of the graph, which TensorFlow ends
-#   with an `InvalidArgumentError` where there are several replicas.
+# - **`steps_per_execution` above 1.** Keras then takes its batches within a loop, which TensorFlow ends with an
+#   `InvalidArgumentError` where there are several replicas, or eagerly not at all. `KPSVD` raises an error that says
+#   so. Leave it out.
 # - **A first batch that is uneven.** Before the first step Keras averages the devices' parts of the first batch, to
 #   build the model with the result, and that needs parts of equal shape. Take a batch size that the number of devices
 #   divides, and no more than there are rows.

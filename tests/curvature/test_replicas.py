@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_kpsvd import KPSVDDense, likelihoods
 from keras_kpsvd.curvature.conjugate import fisher_product
 from keras_kpsvd.curvature.placement import spread
-from keras_kpsvd.curvature.replicas import JointPass
+from keras_kpsvd.curvature.replicas import JointPass, _gather
 from keras_kpsvd.curvature.step_control import changes_of_outputs, quadratic_model
 from keras_kpsvd.layers import Recorder
 
@@ -73,3 +73,9 @@ def test_layers_are_spread_over_devices_by_what_they_cost():
     costs = {"a": 8.0, "b": 5.0, "c": 4.0, "d": 1.0}
     assert spread(costs, ["x", "y"]) == {"a": "x", "b": "y", "c": "y", "d": "x"}
     assert spread(costs, ["x"]) == spread(costs, []) == dict.fromkeys(costs)
+
+
+def test_inputs_of_unknown_size_are_refused_where_rows_come_from_other_processes():
+    gathered = tf.function(lambda values: _gather(tf.distribute.get_strategy(), [[values]]), autograph=False)
+    with pytest.raises(ValueError, match=r"fixed size.*several processes.*\(None, None, 3\)"):
+        gathered.get_concrete_function(tf.TensorSpec([None, None, 3]))

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense
+from keras_kpsvd.curvature import state as state_module
 from tests import reference
 from tests.networks import assert_told_once, matrices, problem, tanh_network, variable
 
@@ -103,6 +104,22 @@ def test_losses_and_weights_are_those_of_one_device_and_replicas_agree(strategy,
     assert variable(two.optimizer, "updates") == 10
     _assert_replicas_agree(two)
     assert "compute_loss" not in vars(two)
+
+
+def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, monkeypatch):
+    """Each layer on one of them, in the graph of the step."""
+    places, sound = {"_refresh": [], "_invert": []}, state_module.traced_once
+
+    def noted(function, *arguments, **options):
+        values, good = sound(function, *arguments, **options)
+        places[function.__name__].append({tf.DeviceSpec.from_string(one.device).device_index for one in values})
+        return values, good
+
+    monkeypatch.setattr(state_module, "traced_once", noted)
+    x, y = problem(rows=8, dtype="float32")
+    _fitted(strategy, _network, lambda: KPSVD(seed=1), x, y, epochs=1)
+    for calls in places.values():
+        assert sorted(calls, key=min) == [{0}, {1}]
 
 
 def test_convolutions_classes_and_sample_weights_are_those_of_one_device(strategy):
@@ -231,6 +248,34 @@ def test_what_keras_does_inside_a_branch_is_refused_by_name(strategy, argument):
     x, y = problem(rows=16, dtype="float32")
     with pytest.raises(ValueError, match=f"`{argument}` does not work on several devices"):
         _fitted(strategy, _network, lambda: KPSVD(use_ema=True, **{argument: 2}), x, y)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_steps_per_execution_is_refused_by_name(strategy, eager):
+    """Where TensorFlow would end the loop with an error of its own, and eagerly never end it."""
+    x, y = problem(rows=32, dtype="float32")
+    with strategy.scope():
+        model = _network()
+        model.compile(KPSVD(seed=1), "mse", steps_per_execution=2, run_eagerly=eager)
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be 1 .* steps_per_execution=2 with 2 replicas"):
+        model.fit(x, y, batch_size=8, verbose=0)
+
+
+def test_steps_per_execution_has_no_meaning_in_a_hand_written_loop(strategy):
+    x, y = problem(rows=8, dtype="float32")
+    with strategy.scope():
+        model = _network()
+        model.compile(KPSVD(seed=1), "mse", steps_per_execution=2)
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(tf.reduce_mean((model(x, training=True) - y) ** 2) / 2)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    tf.function(lambda: strategy.run(step))()
+    assert variable(optimizer, "updates") == 1
 
 
 def test_a_strategy_that_does_not_mirror_variables_is_refused():
