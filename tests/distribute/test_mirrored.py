@@ -1,6 +1,8 @@
 """`KPSVD` in stock `fit` on two devices: the steps of one device with the whole batch."""
 
 import contextlib
+import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -167,6 +169,25 @@ def test_on_an_uneven_batch_curvature_weights_examples_alike_and_the_gradient_is
         step = reference.rule_solve(reference.method_terms(*sample, "kfac"), gradient, DAMPING)
         error = np.linalg.norm(after[layer] - before[layer] + 0.25 * step)
         assert error <= 1e-6 * np.linalg.norm(0.25 * step)
+    _assert_replicas_agree(model)
+
+
+def test_with_defaults_a_device_without_rows_is_no_reason_to_lose_a_step(strategy):
+    """The last of three batches is one row; in the second epoch the factors are refreshed by it."""
+    x, y = problem(rows=17, dtype="float32")
+    with strategy.scope():
+        model = _network()
+        model.compile(KPSVD(seed=1), "mse")
+    weights = []
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: weights.append(model.get_weights()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[watch])
+    assert all(np.isfinite(one.numpy()).all() for one in [*model.variables, *model.optimizer.variables])
+    for before, after in itertools.pairwise(weights):
+        assert all(not np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+    assert variable(model.optimizer, "updates") == 6
+    assert [v.numpy() for v in model.optimizer.variables if v.name.endswith("_refreshes")] == [2, 2]
     _assert_replicas_agree(model)
 
 

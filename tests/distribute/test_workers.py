@@ -56,6 +56,7 @@ def _run(workers, options):
     "options",
     [
         {"late": True},
+        {"rows": 25},  # One worker has no part of the last batch.
         {"method": "kpsvd", "fisher": "empirical", "weight_decay": 0.01},
         {"method": "kfac_corrected", "fisher": "exact"},
     ],

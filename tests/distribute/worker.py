@@ -34,7 +34,7 @@ def loop(strategy, options):
     late = options.pop("late", False)
     if late:
         extrapolation.EXACT_UPDATES = 2
-    rows, batch_size = (LATE["rows"], LATE["batch"]) if late else (ROWS, BATCH)
+    rows, batch_size = (LATE["rows"], LATE["batch"]) if late else (options.pop("rows", ROWS), BATCH)
     batches = tf.data.Dataset.from_tensor_slices(data(rows)).batch(batch_size)
     sharding = tf.data.Options()
     sharding.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
