@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_kpsvd import KPSVD, KPSVDDense
 from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
+from keras_kpsvd.linalg import gram
 from keras_kpsvd.tracing import graph_function
 from tests import reference
 from tests.networks import assert_same, assert_told_once, compiled, matrices, problem, state, tanh_network, variable
@@ -193,31 +194,57 @@ def test_a_layer_without_a_good_preconditioner_takes_a_plain_gradient_step(break
         np.testing.assert_allclose(now, before - 0.25 * step, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("failure", "eager"), [("raises", True), ("nan", True), ("nan", False)])
-def test_curvature_that_cannot_be_computed_leaves_that_layers_averages_as_they_were(monkeypatch, failure, eager):
-    x, y = problem()
-    model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, **EVERY_STEP), run_eagerly=eager)
+@pytest.fixture
+def break_refreshes(monkeypatch):
+    """Makes refreshes of layers of five inputs fail from now on: their result or, for "rubbish", their `eigh`."""
+    sound, decompose = state_module._batch_terms, gram.eigh
+
+    def start(failure):
+        hidden = tf.constant(False)
+
+        def broken(method, batch, old, count):
+            nonlocal hidden
+            hidden = tf.shape(batch.activations)[-1] == 5
+            terms, good = sound(method, batch, old, count)
+            return terms if failure == "rubbish" else _failing(FAILURES[failure], hidden, terms), good
+
+        monkeypatch.setattr(state_module, "_batch_terms", broken)
+        if failure == "rubbish":
+            monkeypatch.setattr(gram, "eigh", lambda matrix: _failing(FAILURES[failure], hidden, decompose(matrix)))
+        graph_function.cache_clear()
+
+    yield start
+    graph_function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("failure", "method", "eager"),
+    [
+        ("raises", "kfac", True),
+        *(("nan", method, eager) for method in ("kfac", "kpsvd", "kfac_corrected") for eager in (True, False)),
+        *(("rubbish", method, eager) for method in ("kpsvd", "kfac_corrected") for eager in (True, False)),
+    ],
+)
+def test_curvature_that_cannot_be_computed_leaves_that_layers_averages_as_they_were(
+    break_refreshes, failure, method, eager
+):
+    """Without triples, as of "kfac", nothing is decomposed that could be finite and wrong."""
+    x, y = problem(dtype="float32")
+    options = {"method": method, **PLAIN, **EVERY_STEP}
+    model = compiled(tanh_network(dtype="float32"), KPSVD(**options), run_eagerly=eager)
     model.train_on_batch(x, y)
     before = state(model)
-    sound = state_module._batch_terms
-
-    def broken(method, batch, old, count):
-        hidden = tf.shape(batch.activations)[-1] == 5
-        return _failing(FAILURES[failure], hidden, sound(method, batch, old, count))
-
-    monkeypatch.setattr(state_module, "_batch_terms", broken)
-    graph_function.cache_clear()
+    break_refreshes(failure)
     model.make_train_function(force=True)
-    try:
-        with pytest.warns(RuntimeWarning, match="'dense0'"):
-            model.train_on_batch(*problem(seed=1))
-    finally:
-        graph_function.cache_clear()
+    with pytest.warns(RuntimeWarning, match="'dense0': its new curvature is not finite, or wrong") as told:
+        model.train_on_batch(*problem(seed=1, dtype="float32"))
+    assert_told_once(told)
     after = state(model)
-    kept = [name for name in before if "dense0" in name and name.endswith(("_A", "_G", "_refreshes"))]
+    two_term = method == "kfac_corrected"
+    kept = [name for name in before if "dense0" in name and name.endswith(("_A", "_G", "_P", "_Q", "_refreshes"))]
     # The last layer's G is a constant for squared error.
-    moved = [name for name in before if "out" in name and name.endswith(("_A", "_refreshes"))]
-    assert (len(kept), len(moved)) == (3, 2)
+    moved = [name for name in before if "out" in name and name.endswith(("_A", "_P", "_refreshes"))]
+    assert (len(kept), len(moved)) == ((5, 3) if two_term else (3, 2))
     assert all(np.array_equal(before[name], after[name]) for name in kept)
     assert all(not np.array_equal(before[name], after[name]) for name in moved)
     assert all(np.isfinite(values).all() for values in after.values())

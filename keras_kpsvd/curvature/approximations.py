@@ -47,12 +47,12 @@ def approximate_terms(
     """
     base = kfac_factors(activations, gradients) if method in KFAC_METHODS else None
     operator = None if method == "kfac" else RearrangedFisher(activations, gradients)
-    return operator_terms(operator, base, method, symmetric=symmetric, **iteration)
+    return operator_terms(operator, base, method, symmetric=symmetric, **iteration)[0]
 
 
 def operator_terms(
     operator: RearrangedFisher | None, base: Pair | None, method: str, *, symmetric: bool, **iteration: Any
-) -> tuple[Pair, ...]:
+) -> tuple[tuple[Pair, ...], tf.Tensor]:
     """`approximate_terms` of an operator.
 
     Args:
@@ -62,14 +62,17 @@ def operator_terms(
         symmetric: as `approximate_terms`.
         **iteration: as `approximate_terms`, and `start`: right factors to start from, `[d_out, d_out]` or one for each
             triple that is searched.
+
+    Returns:
+        The terms, and the residuals of the triples among them (`SingularTriples.residuals`; of "kfac" there are none).
     """
     if method == "kfac":
-        return (base,)
+        return (base,), tf.zeros([0, 2])
     if method == "kfac_corrected":
         triples = leading_triples(operator.deflate_kfac(*base), 1, symmetric=symmetric, **iteration)
-        return base, *_pairs(triples)
+        return (base, *_pairs(triples)), triples.residuals
     triples = leading_triples(operator, 1 if method == "kpsvd" else 2, symmetric=symmetric, **iteration)
-    return _pairs(triples)
+    return _pairs(triples), triples.residuals
 
 
 def _pairs(triples: Any) -> tuple[Pair, ...]:

@@ -58,7 +58,7 @@ class Failures:
 
     def of_refresh(self, places: Sequence[int], good: Sequence[tf.Tensor]) -> None:
         """Curvature was refreshed, of the layers at `places`, where it is good."""
-        self._of_layers(self._refreshes, "its new curvature is not finite; the old one stays", places, good)
+        self._of_layers(self._refreshes, "its new curvature is not finite, or wrong; the old one stays", places, good)
 
     def of_inversion(self, places: Sequence[int], good: Sequence[tf.Tensor]) -> None:
         """Preconditioners were made anew, of the layers at `places`, where they are good."""

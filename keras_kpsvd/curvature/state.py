@@ -30,6 +30,10 @@ from keras_kpsvd.tracing import traced_once
 # A decomposition is trusted when it reproduces a probe vector to this part of the sizes that went into it.
 PROBE_TOLERANCE = 1e-2
 
+# Exact triples are trusted when the first one's residuals are within this part of its value. Where KFAC leaves hardly
+# more than rounding it reaches 1e-2; later triples may be rounding altogether, and are then small.
+TRIPLE_TOLERANCE = 0.1
+
 # Eigenpairs kept of a factor, and of the second term on either side; up to twice as many rows are inverted whole.
 # Half as many cost nothing on CURVES and 3 % of the loss on MNIST, twice as many gained 1 %; see benchmarks/README.md.
 RANK = 64
@@ -101,7 +105,8 @@ class BlockCurvature:
         """The averaged factors with one more batch in them, and whether they are good.
 
         Returns:
-            The next values of `refresh_targets`, the old ones where anything was not finite, and a scalar boolean.
+            The next values of `refresh_targets`, the old ones where anything was not finite or triples that should be
+            exact are not, and a scalar boolean.
         """
         old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
         count = tf.convert_to_tensor(self.count)
@@ -251,7 +256,7 @@ def _refresh(
     batch, finite = batch.finite_or_zero()
     factorwise = options.method in KFAC_METHODS
     batch = batch.with_kfac(base=factorwise)
-    new = _batch_terms(options.method, batch, old, count)
+    new, sound = _batch_terms(options.method, batch, old, count)
     trace = None
     weight = average_weight(count, options.factor_decay)
     if not factorwise:
@@ -260,25 +265,32 @@ def _refresh(
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
     flat_old, flat_new = _flatten(old), _flatten(averaged)
-    good = finite & all_finite(*flat_new)
+    good = finite & sound & all_finite(*flat_new)
     values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
 
 
-def _batch_terms(method: str, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor) -> tuple[Pair, ...]:
-    """The terms of one batch: exact by the Gram route where there is one position per example.
+def _batch_terms(
+    method: str, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor
+) -> tuple[tuple[Pair, ...], tf.Tensor]:
+    """The terms of one batch, and whether they are what they should be as far as that is known.
 
-    Else by power iteration from the averaged right factors, one step of three products for each triple: averages move
-    slowly, and the steps of successive refreshes add up. The first refresh has nothing to start from.
+    Exact by the Gram route where there is one position per example: large residuals tell of a decomposition that went
+    wrong. Else by power iteration from the averaged right factors, one step of three products for each triple: averages
+    move slowly, and the steps of successive refreshes add up. The first refresh has nothing to start from.
     """
     if method == "kfac":
-        return (batch.base,)
+        return (batch.base,), tf.constant(True)
     operator = batch.compressed().operator()
     if operator.positions == 1:
-        return operator_terms(operator, batch.base, method, symmetric=True, route="gram")
+        terms, residuals = operator_terms(operator, batch.base, method, symmetric=True, route="gram")
+        return terms, tf.reduce_all(residuals[0] <= TRIPLE_TOLERANCE)
     starts = tf.stack([g for _, g in (old[1:] if method == "kfac_corrected" else old)])
     steps = tf.where(count > 0, WARM_STEPS, COLD_STEPS)
-    return operator_terms(operator, batch.base, method, symmetric=True, route="power", start=starts, max_steps=steps)
+    terms, _ = operator_terms(
+        operator, batch.base, method, symmetric=True, route="power", start=starts, max_steps=steps
+    )
+    return terms, tf.constant(True)  # Not meant to converge.
 
 
 def _invert(

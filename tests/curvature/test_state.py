@@ -148,6 +148,17 @@ def test_without_a_refresh_the_preconditioner_is_the_identity():
         np.testing.assert_allclose(block.precondition(tf.constant(gradient)), gradient, rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["kpsvd", "deflation", "lanczos", "kfac_corrected"])
+def test_triples_at_the_edge_of_rounding_are_not_taken_for_failures(method):
+    """Where KFAC leaves next to nothing, and rows so unlike that a second triple is rounding altogether."""
+    rng = np.random.default_rng(0)
+    for power in np.arange(-16, -11.9, 0.1):
+        activations, gradients = (rng.normal(size=(12, 1, size)) for size in (D_IN, D_OUT))
+        assert _refresh(_layer(method), (tf.constant(activations), gradients[:1] + 10**power * tf.constant(gradients)))
+        lengths = 10.0 ** rng.uniform(-8, 0, size=(2, 12, 1, 1))
+        assert _refresh(_layer(method), (tf.constant(lengths[0] * activations), tf.constant(lengths[1] * gradients)))
+
+
 @pytest.mark.parametrize("method", ["kfac", "kpsvd", "kfac_corrected"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_samples_that_are_not_finite_leave_the_averages_bit_for_bit(method, side):
