@@ -174,19 +174,25 @@ def write_plan(path: Path, scale: str, plan: list[Run]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "scale": scale, "runs": [asdict(run) for run in plan]}, indent=0)
     draft = path.with_suffix(".new")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read_plan(path: Path) -> tuple[str, list[Run]]:
     """The scale and the runs of a plan.
 
     Raises:
-        PlanError: damaged, or another version's.
+        PlanError: not there, damaged, or another version's.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, scale, rows = content["format"], content["scale"], content["runs"]
+    except FileNotFoundError:
+        raise PlanError(f"{path} is not there; `reproduce.py run` makes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PlanError(
             f"{path} holds no plan ({type(error).__name__}); move it away or give another --results"
@@ -194,13 +200,37 @@ def read_plan(path: Path) -> tuple[str, list[Run]]:
     if version != FORMAT:
         raise PlanError(f"{path} is a plan of format {version!r}, this version's is {FORMAT}; give another --results")
     try:
-        plan = [Run(**row) for row in rows]
-        known = all(run.problem in PROBLEMS and run.optimizer in OPTIMIZERS for run in plan) and scale in SCALES
-    except (TypeError, AttributeError):
+        plan, known = [Run(**row) for row in rows], scale in SCALES
+    except TypeError:
         known = False
     if not known:
         raise PlanError(f"{path} is a plan of another version, with runs unknown to this one; give another --results")
+    for number, run in enumerate(plan, start=1):
+        if not _sound(run):
+            raise PlanError(
+                f"{path} is damaged or a plan of another version: run {number} is none that this one can make; "
+                "give another --results"
+            )
     return scale, plan
+
+
+def _sound(run: Run) -> bool:
+    """Whether a run has the values that a run can have."""
+    sizes = [run.batch, run.epochs, *([] if run.samples is None else [run.samples])]
+    if not all(type(number) is int for number in [*sizes, run.seed]) or min(sizes) < 1 or run.seed < 0:
+        return False
+    names = (run.problem, run.optimizer, run.study, run.label)
+    if not all(isinstance(name, str) for name in names):
+        return False
+    settings = [run.options] if run.options is not None else run.grid
+    return (
+        run.problem in PROBLEMS
+        and run.optimizer in OPTIMIZERS
+        and run.study in STUDIES
+        and isinstance(settings, list | tuple)
+        and len(settings) > 0
+        and all(isinstance(one, dict) for one in settings)
+    )
 
 
 def same(one: list[Run], other: list[Run]) -> bool:

@@ -64,12 +64,17 @@ def run_command(options: argparse.Namespace) -> int:
     """Makes the runs that are missing; returns 1 if one of them failed, 2 if none can be made."""
     if package_is_missing():
         return fail(PROGRAM, NOT_INSTALLED)
-    plan = _plan_to_run(options)
+    # All that can be wrong is found before anything is written.
     _check_alone(options.results)
+    plan, found = _plan_to_run(options)
+    chosen = [run for run in plan if _wanted(run, options)]
+    if not chosen:
+        raise PlanError(f"none of the {len(plan)} runs of the plan is of these problems, optimizers and studies")
     results = _open(options.results)
+    if not found:
+        write_plan(options.results / "plan.json", options.scale, plan)
     if options.again:
         results.rows = {key: row for key, row in results.rows.items() if row["status"] != "failed"}
-    chosen = [run for run in plan if _wanted(run, options)]
     left = missing(chosen, results)
     print(f"{len(plan)} runs planned, {len(chosen)} asked for, {len(chosen) - len(left)} of them found", flush=True)
 
@@ -80,7 +85,8 @@ def run_command(options: argparse.Namespace) -> int:
     return int(any(row["status"] == "failed" for row in made))
 
 
-def _plan_to_run(options: argparse.Namespace) -> list[Run]:
+def _plan_to_run(options: argparse.Namespace) -> tuple[list[Run], bool]:
+    """The plan, and whether its file is there and is to stay."""
     path, plan = options.results / "plan.json", make_plan(options.scale)
     if path.exists() and not options.replan:
         scale, found = read_plan(path)
@@ -88,9 +94,8 @@ def _plan_to_run(options: argparse.Namespace) -> list[Run]:
             raise PlanError(f"{path} is the plan of the scale {scale!r}; give another --results")
         if not same(found, plan):
             raise PlanError(f"{path} is a plan of another version; --replan replaces it and keeps all results")
-        return found
-    write_plan(path, options.scale, plan)
-    return plan
+        return found, True
+    return plan, False
 
 
 def _wanted(run: Run, options: argparse.Namespace) -> bool:
@@ -139,7 +144,8 @@ def status_command(options: argparse.Namespace) -> int:
     for row in results.rows.values():
         if row["status"] != "finished":
             print(
-                f"{row['status']}: {row['study']} {row['problem']} {row['label']} seed {row['seed']}: {row['reason']}"
+                f"{row['status']}: {row.get('study')} {row['problem']} {row['label']} seed {row['seed']}: "
+                f"{row.get('reason')}"
             )
     running = _read_running(options.results)
     for run in running["runs"] if running else []:
@@ -211,6 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
         return command(options)
     except PlanError as error:
         return fail(PROGRAM, str(error))
+    except OSError as error:  # a folder that is a file, or that nobody may write to
+        return fail(PROGRAM, f"{error.filename2 or error.filename or options.results}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("\nInterrupted; finished runs are kept.", file=sys.stderr)
         return INTERRUPTED

@@ -173,6 +173,12 @@ def check_row(row: Row) -> None:
     """Raises ValueError, KeyError or TypeError where that is no row."""
     if row["status"] not in ("finished", "diverged", "failed") or row["optimizer"] not in OPTIMIZERS:
         raise ValueError("no row")
+    if not isinstance(row["options"], dict):
+        raise TypeError("no row")
+    for name in _SERIES:
+        kinds = (int, float) if name == "seconds" else (int, float, type(None))
+        if not isinstance(row[name], list) or any(type(value) not in kinds for value in row[name]):
+            raise TypeError("no row")
     lengths = {len(row[name]) for name in _SERIES}
     if len(lengths) > 1 or (row["status"] == "finished" and (lengths == {0} or best_loss(row["losses"]) is None)):
         raise ValueError("no row")

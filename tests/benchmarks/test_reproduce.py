@@ -136,7 +136,18 @@ def test_a_chosen_setting_at_the_edge_of_its_grid_is_told():
         ({"format": 99, "scale": "quick", "runs": []}, "format 99"),
         ({"format": 1, "scale": "quick", "runs": [{"problem": "digits"}]}, "another version"),
         ({"format": 1, "scale": "huge", "runs": []}, "another version"),
-        ("unknown optimizer", "another version"),
+        ({"format": 1, "scale": "quick", "runs": "all"}, "another version"),
+        ({"optimizer": "lion"}, "run 2"),
+        ({"problem": ["digits"]}, "run 2"),
+        ({"study": None}, "run 2"),
+        ({"label": 7}, "run 2"),
+        ({"batch": "x"}, "run 2"),
+        ({"epochs": 0}, "run 2"),
+        ({"samples": 1.5}, "run 2"),
+        ({"seed": True}, "run 2"),
+        ({"options": None, "grid": None}, "run 2"),
+        ({"options": None, "grid": []}, "run 2"),
+        ({"options": [1]}, "run 2"),
         ("other sizes", "--replan"),
         ("other scale", "scale 'standard'"),
     ],
@@ -145,8 +156,8 @@ def test_a_plan_of_another_version_is_one_line_and_nothing_is_overwritten(conten
     from plans import make_plan
 
     plan = [asdict(run) for run in make_plan("quick")]
-    if content == "unknown optimizer":
-        content = {"format": 1, "scale": "quick", "runs": [plan[0] | {"optimizer": "lion"}]}
+    if isinstance(content, dict) and "format" not in content:
+        content = {"format": 1, "scale": "quick", "runs": [plan[0], plan[1] | content, *plan[2:]]}
     elif content == "other sizes":
         content = {"format": 1, "scale": "quick", "runs": plan[:-1]}
     elif content == "other scale":
@@ -159,9 +170,85 @@ def test_a_plan_of_another_version_is_one_line_and_nothing_is_overwritten(conten
     assert len(errors) == 1 and words in errors[0]
     assert (tmp_path / "plan.json").read_text() == text and (tmp_path / "runs.jsonl").read_text() == "kept\n"
     assert started.runs == []
+    if words not in ("--replan", "scale 'standard'"):
+        assert _main(tmp_path, "status") == _main(tmp_path, "report") == 2
+        assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 # The commands
+
+
+def _written(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_live_run_is_found_before_its_plan_is_replaced(small, started, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text("another plan")
+    (tmp_path / "running.json").write_text(json.dumps({"process": os.getppid(), "runs": []}))
+    before = _written(tmp_path)
+    assert _main(tmp_path, "run", "--replan") == 2
+    assert "already" in capsys.readouterr().err and _written(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [("run",), ("run", "--replan"), ("status",), ("report",)])
+@pytest.mark.parametrize("what", ["file", "below a file", "results are a folder", "plan is a folder"])
+def test_folders_that_are_files_and_files_that_are_folders_are_one_line(
+    what, command, small, started, tmp_path, capsys
+):
+    folder = tmp_path / "results"
+    if "folder" in what:
+        (folder / {"results": "runs.jsonl", "plan": "plan.json"}[what.split()[0]]).mkdir(parents=True)
+    else:
+        folder.write_text("mine")
+    before, started.stop_at = _written(tmp_path), 0
+    assert _main(folder / "deeper" if what == "below a file" else folder, *command) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and str(folder) in errors[0] and _written(tmp_path) == before
+
+
+def test_a_folder_nobody_may_write_to_is_one_line(small, started, tmp_path, capsys, monkeypatch):
+    def refuse(self, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert _main(tmp_path, "run") == 2 and started.runs == []
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "Permission denied" in error and str(tmp_path) in error
+
+
+def test_filters_that_leave_no_run_are_an_error_and_no_plan_is_written(small, started, tmp_path, capsys):
+    assert _main(tmp_path, "run", "--problems", "narrow", "--studies", "ablation") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "none of the 26 runs" in error and _written(tmp_path) == {}
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_without_a_plan_the_other_commands_say_what_makes_one(command, tmp_path, capsys):
+    assert _main(tmp_path / "new", command) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "`reproduce.py run` makes it" in error and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"losses": ["low"]},
+        {"seconds": [None]},
+        {"seconds": ["1"]},
+        {"held_out_losses": [[1.0]]},
+        {"held_out_accuracies": [True]},
+        {"losses": "9", "status": "diverged"},
+        {"options": None},
+    ],
+)
+def test_series_of_anything_but_numbers_are_no_row(damage, tmp_path):
+    from runs import Results
+
+    row = make_row([0.5])
+    lines = [json.dumps(row | {"label": "other"}), json.dumps(row | damage)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines))
+    results = Results(tmp_path / "runs.jsonl")
+    assert results.damaged == [2] and len(results.rows) == 1
 
 
 def test_plan_stands_before_anything_runs_and_an_interrupted_command_goes_on(small, started, tmp_path, capsys):
