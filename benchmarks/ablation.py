@@ -13,18 +13,17 @@ from typing import Any
 
 from contestants import METHODS
 from evidence import (
-    DASH,
     Setting,
     Spread,
     in_order,
     measure,
     measured,
-    ranged,
     setting_of,
     settings_in_order,
     title_of,
 )
 from runs import Row, best_loss
+from tables import DASH, ranged
 
 ONE_TERM = {"deflation": "kpsvd", "lanczos": "kpsvd", "kfac_corrected": "kfac"}  # what has the first term alone
 MEASURES = (("loss", "lowest training loss", ".4g"), ("held_out_loss", "lowest held-out loss", ".4g"))

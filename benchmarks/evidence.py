@@ -1,4 +1,4 @@
-"""What finished training runs say: arithmetic from rows, as `runs.py` writes them, to tables. Nothing is drawn here.
+"""What finished training runs say: arithmetic from rows, as `runs.py` writes them. Nothing is drawn or laid out here.
 
 A row that failed (the run crashed) is counted and not measured. One that diverged is measured up to where it did.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -18,11 +18,8 @@ from defaults import race
 from problems import PROBLEMS
 from runs import SEARCH_SEED, Row, best_loss, best_options
 
-DASH = "–"
 CONDITIONS = ("device", "jobs", "threads")
 REFERENCES = ("adam", "kfac")  # whose lowest losses are the finish lines
-
-Columns = Sequence[tuple[str, Callable[[dict[str, Any]], str]]]
 
 
 class Setting(NamedTuple):
@@ -286,7 +283,7 @@ def stands_on(rows: Iterable[Row], planned: Iterable[dict[str, Any]] | None) -> 
     return text + "".join(f"; {count} {status}" for status, count in bad if count) + "."
 
 
-# Tables
+# Lines of tables
 
 
 def summarise(standings: Iterable[Standing]) -> list[dict[str, Any]]:
@@ -328,73 +325,3 @@ def per_epoch(standings: Iterable[Standing]) -> list[dict[str, Any]]:
                     | {"seconds": median(sum(row["seconds"][: epoch + 1]) for row in here)}
                 )
     return lines
-
-
-def number(value: float | None, form: str = ".4g") -> str:
-    """The number, or a dash."""
-    return DASH if value is None else format(value, form)
-
-
-def ranged(line: dict[str, Any], name: str, form: str = ".4g") -> str:
-    """Median and, where it has more than one value, range of a measure: "0.07 (0.06–0.08)"."""
-    low, high = line[f"{name}_low"], line[f"{name}_high"]
-    text = number(line[name], form)
-    return text if low is None or low == high else f"{text} ({low:{form}}{DASH}{high:{form}})"
-
-
-def options_in_words(line: dict[str, Any]) -> str:
-    """The chosen options, without the method, which the label names."""
-    if line["options"] is None:
-        return DASH
-    options = {name: value for name, value in json.loads(line["options"]).items() if name != "method"}
-    return ", ".join(f"{name}={value:g}" for name, value in options.items()) or "defaults"
-
-
-def _ends(line: dict[str, Any]) -> str:
-    """Seeds, and how many of them went wrong; of the search where none was chosen."""
-    if line["options"] is None:
-        return f"none of {line['tried']} settings finished"
-    bad = [f"{line[status]} {status}" for status in ("diverged", "failed") if line[status]]
-    return ", ".join([str(line["seeds"]), *bad])
-
-
-def _to(name: str, unit: str, form: str) -> Callable[[dict[str, Any]], str]:
-    return lambda line: number(line[f"{unit}_to_{name}"], form)
-
-
-SUMMARY: Columns = (
-    ("optimizer", lambda line: line["label"]),
-    ("options", options_in_words),
-    ("seeds", _ends),
-    ("lowest loss", lambda line: ranged(line, "loss")),
-    ("held-out loss", lambda line: ranged(line, "held_out_loss")),
-    ("accuracy", lambda line: number(line["held_out_accuracy"], ".3f")),
-    ("reached Adam", lambda line: line["reached_adam"]),
-    ("epochs to Adam's", _to("adam", "epochs", "g")),
-    ("seconds to Adam's", _to("adam", "seconds", ".1f")),
-    ("× Adam's epochs", lambda line: number(line["epochs_ratio"], ".2f")),
-    ("× Adam's seconds", lambda line: number(line["seconds_ratio"], ".2f")),
-    ("reached KFAC", lambda line: line["reached_kfac"]),
-    ("epochs to KFAC's", _to("kfac", "epochs", "g")),
-    ("seconds to KFAC's", _to("kfac", "seconds", ".1f")),
-    ("epoch, × Adam's", lambda line: ranged(line, "epoch_cost", ".2f")),
-    ("first epoch, s", lambda line: number(line["first_epoch_seconds"], ".1f")),
-    ("notes", lambda line: line["flags"]),
-)
-
-
-def cells_of(lines: Iterable[dict[str, Any]], columns: Columns) -> list[list[str]]:
-    """The heading and a row for each line."""
-    return [[heading for heading, _ in columns], *([cell(line) for _, cell in columns] for line in lines)]
-
-
-def as_text(cells: list[list[str]]) -> str:
-    """Aligned columns, the first row a heading."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-
-
-def as_markdown(cells: list[list[str]]) -> str:
-    """GitHub's table, the first row a heading."""
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
-    return "\n".join([rows[0], "|" + "---|" * len(cells[0]), *rows[1:]])

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from evidence import Columns, Setting, Spread, Standing, number, ranged, summarise, title_of
+from evidence import Setting, Spread, Standing, summarise, title_of
+from tables import Columns, number, ranged, ranges
 
 SOURCE = (
     "Koroko et al., Efficient approximations of the Fisher matrix in neural networks using Kronecker product singular "
@@ -94,17 +95,17 @@ def _cell(name: str, form: str) -> Callable[[dict[str, Any]], str]:
 BESIDE: Columns = (
     ("optimizer", lambda line: line["label"]),
     ("loss: paper", _cell("paper_loss", ".4f")),
-    ("ours", lambda line: ranged(line, "loss")),
+    ("ours", ranges("loss")),
     ("× Adam's: paper", _cell("paper_loss_ratio", ".2f")),
-    ("ours", _cell("loss_ratio", ".2f")),
+    ("ours", ranges("loss_ratio", ".2f")),
     ("epochs to Adam's: paper", _cell("paper_epochs_to_adam", "g")),
-    ("ours", _cell("epochs_to_adam", "g")),
+    ("ours", ranges("epochs_to_adam", "g")),
     ("seconds: paper", _cell("paper_seconds_to_adam", "g")),
-    ("ours", _cell("seconds_to_adam", ".1f")),
+    ("ours", ranges("seconds_to_adam", ".1f")),
     ("× Adam's: paper", _cell("paper_seconds_ratio", ".2f")),
-    ("ours", _cell("seconds_ratio", ".2f")),
+    ("ours", ranges("seconds_ratio", ".2f")),
     ("epoch, × Adam's: paper", _cell("paper_epoch_cost", ".1f")),
-    ("ours", _cell("epoch_cost", ".2f")),
+    ("ours", ranges("epoch_cost", ".2f")),
 )
 
 

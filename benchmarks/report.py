@@ -11,12 +11,8 @@ from ablation import MEASURES, SECONDS, Case, ablation_lines, cases_of, sentence
 from contestants import edge_of_grid
 from defaults import write_csv
 from evidence import (
-    SUMMARY,
     Setting,
     Standing,
-    as_markdown,
-    as_text,
-    cells_of,
     comparison,
     conditions,
     per_epoch,
@@ -28,6 +24,7 @@ from evidence import (
 )
 from paper import BESIDE, CLAIM_COLUMNS, NOTE, PAPER, SOURCE, beside, count_verdicts, judge
 from runs import Row
+from tables import SUMMARY, as_markdown, as_text, cells_of
 
 REPORT = "report.md"
 
@@ -127,7 +124,7 @@ def _comparison(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | No
         return
     pages.say(
         "Each optimizer at the setting of its grid with the lowest training loss on seed 0, on all seeds that have it: "
-        "median (range). A training loss is the mean that `fit` reports for an epoch. Epochs and seconds to Adam's and "
+        "median (range of the seeds that got there). A training loss is the mean that `fit` reports for an epoch. Epochs and seconds to Adam's and "
         "to KFAC's lowest training loss are counted to that of the same seed; seconds are of training, the first epoch "
         "and its tracing included; – where the median seed never got there."
     )

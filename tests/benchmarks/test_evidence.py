@@ -44,7 +44,8 @@ def test_race_to_adams_best_is_paired_by_seed_and_never_counts_as_infinite():
 
 
 def test_median_is_a_dash_where_most_seeds_never_got_there_and_a_failed_run_is_only_counted():
-    from evidence import SUMMARY, cells_of, comparison, summarise
+    from evidence import comparison, summarise
+    from tables import SUMMARY, cells_of
 
     rows = rows_of_three_seeds()
     rows[5] |= {"losses": [0.5, 0.45], "seconds": [6.0, 4.0], "held_out_losses": [5.0, 4.5]}
@@ -56,6 +57,24 @@ def test_median_is_a_dash_where_most_seeds_never_got_there_and_a_failed_run_is_o
     cells = dict(zip(*cells_of([line], SUMMARY), strict=True))
     assert cells["epochs to Adam's"] == "–" and cells["lowest loss"] == "0.45 (0.2–0.5)"
     assert cells["seeds"] == "4, 1 diverged, 1 failed"
+
+
+def test_columns_of_several_seeds_are_medians_with_ranges():
+    from evidence import comparison, summarise
+    from paper import BESIDE, beside
+    from tables import SUMMARY, cells_of
+
+    rows = [row | {"problem": "curves"} for row in rows_of_three_seeds()]
+    standings = comparison(rows)
+    cells = dict(zip(*cells_of(summarise(standings)[1:], SUMMARY), strict=True))
+    assert cells["epochs to Adam's"] == "2 (1–2)" and cells["seconds to Adam's"] == "10.0 (6.0–10.0)"
+    assert cells["× Adam's epochs"] == "1.00 (0.50–1.00)" and cells["× Adam's seconds"] == "2.50 (2.00–2.50)"
+    assert cells["epochs to KFAC's"] == "2 (1–3)" and cells["reached Adam"] == "2/3"
+    ours = [cell for (heading, _), cell in zip(BESIDE, cells_of(beside(standings), BESIDE)[2], strict=True)
+            if heading == "ours"]  # fmt: skip
+    assert ours == [
+        "0.2 (0.1–0.5)", "0.67 (0.25–2.50)", "2 (1–2)", "10.0 (6.0–10.0)", "2.50 (2.00–2.50)", "2.00 (0.50–2.00)",
+    ]  # fmt: skip
 
 
 def test_only_the_setting_chosen_on_seed_0_counts_and_of_equals_the_first():
@@ -72,7 +91,8 @@ def test_only_the_setting_chosen_on_seed_0_counts_and_of_equals_the_first():
 
 
 def test_optimizers_without_a_finished_setting_and_problems_without_adam_are_lines_too():
-    from evidence import SUMMARY, cells_of, comparison, summarise
+    from evidence import comparison, summarise
+    from tables import SUMMARY, cells_of
 
     rows = [run_of("kfac", [0.3, 0.2]), run_of("muon", [None], status="diverged")]
     lines = summarise(comparison(rows))
