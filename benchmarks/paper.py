@@ -10,15 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from evidence import Setting, Spread, Standing, summarise, title_of
+from plans import DEFAULTS
 from tables import Columns, number, ranged, ranges
 
 SOURCE = (
     "Koroko et al., Efficient approximations of the Fisher matrix in neural networks using Kronecker product singular "
     "value decomposition, ESAIM: ProcS 73 (2023), arXiv:2201.10285: the authors' published result files, on their GPU"
 )
-NOTE = (
-    "Our networks train on far fewer images and for fewer epochs than the paper's 200: losses cannot be compared in "
-    "absolute terms, their order can. Seconds are of other machines."
+NOTES = (
+    "Our networks train on far fewer images and, but for `--paper`, for fewer epochs than the paper's 200: losses "
+    "cannot be compared in absolute terms, their order can. The paper's losses are those after 200 epochs, ours the "
+    "lowest of an epoch. Seconds are of other machines.",
+    "Our five methods are `KPSVD` with its defaults, but for the method and, where the options name it, λ: adaptive "
+    f"rate and λ, {DEFAULTS['conjugate_steps']} steps of conjugate gradients on the exact Fisher matrix, a refresh "
+    f"every {DEFAULTS['curvature_interval']} steps. The paper's have a fixed rate and λ, no conjugate gradients, steps "
+    "scaled to a KL bound of 0.01, and a refresh every 100 steps from a quarter of the batch.",
+)
+BATCHES = {"curves": 256, "mnist": 512, "faces": 1024}
+CHANCE = (
+    "Ranges over seeds that do not overlap need not mean anything: of two optimizers that are alike, those of three "
+    "seeds each are apart by chance in 1 of 10 comparisons, those of two seeds in 1 of 3. One seed has no range: there "
+    "the two numbers are compared, and the verdict says so. Equal numbers are a tie; the verdict is neither where no "
+    "seed of both got there."
 )
 NAMES = {
     "sgd": "SGD",
@@ -63,6 +76,18 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 }
 
 HOLDS, FAILS, UNCLEAR, MISSING = "holds", "does not hold", "within the seeds' spread", "no result"
+TIE, NEITHER = "tie", "neither"
+ONE_SEED = " (one seed)"
+
+
+def batch_sizes(settings: Iterable[Setting]) -> list[str]:
+    """A sentence for those settings whose batch size is not the paper's, or none."""
+    others = [
+        f"{setting.problem} {setting.batch}, the paper's {BATCHES[setting.problem]}"
+        for setting in dict.fromkeys(settings)
+        if setting.batch != BATCHES.get(setting.problem, setting.batch)
+    ]
+    return [f"Batch sizes differ: {'; '.join(others)}."] if others else []
 
 
 def beside(standings: Iterable[Standing]) -> list[dict[str, Any]]:
@@ -114,7 +139,7 @@ class Claim:
     """One claim: a measure of one optimizer is below that of another, or at most the paper's own number.
 
     Attributes:
-        text: with `{side}` ("above" or "below", as in the paper), `{figure}` where it has them.
+        text: with `{side}` ("higher" or "lower", as in the paper), `{figure}` where it has them.
         measure: a name of `evidence.measure` and of `PAPER`.
         label: whose.
         against: the other one; None is the paper's number.
@@ -131,10 +156,10 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("KFAC ends below Adam", "loss", "kfac", "adam"),
-    Claim("KPSVD ends at or below KFAC", "loss", "kpsvd", "kfac", strict=False),
-    *(Claim(f"{NAMES[label]} ends below KFAC", "loss", label, "kfac") for label in METHODS[2:]),
-    Claim("SGD ends {side} Adam", "loss", "sgd", "adam", as_there=True),
+    Claim("KFAC reaches a lower loss than Adam", "loss", "kfac", "adam"),
+    Claim("KPSVD reaches a loss at or below KFAC's", "loss", "kpsvd", "kfac", strict=False),
+    *(Claim(f"{NAMES[label]} reaches a lower loss than KFAC", "loss", label, "kfac") for label in METHODS[2:]),
+    Claim("SGD reaches a {side} loss than Adam", "loss", "sgd", "adam", as_there=True),
     *(
         Claim(f"{NAMES[label]} reaches Adam's best in fewer epochs than KFAC", "epochs_to_adam", label, "kfac")
         for label in METHODS[2:]
@@ -153,10 +178,14 @@ CLAIMS = (
 def verdict(own: Spread, other: Spread, strict: bool = True) -> str:
     """Whether `own` is below `other`, or at most that if not `strict`: whole ranges over seeds are compared.
 
-    Seeds that never got there are infinite: where none of either did, nothing is below.
+    Seeds that never got there are infinite. "neither" where none of either got there, "tie" where all are equal.
     """
     if not own.values or not other.values:
         return MISSING
+    if not own.finite and not other.finite:
+        return NEITHER
+    if own.low == own.high == other.low == other.high and strict:
+        return TIE
     if own.high < other.low or (not strict and own.high == other.low):
         return HOLDS
     if own.low > other.high or (strict and own.low == other.high):
@@ -184,22 +213,33 @@ def _judge(claim: Claim, paper: dict[str, dict[str, float]], own: dict[str, Stan
         for label in (claim.label, claim.against)
         if label is not None
     ]
+    one_seed = any(len(spread.values) == 1 for spread in here)
     if claim.against is None:
         here.append(there[1])
-    side = "above" if claim.as_there and there[0].low > there[1].low else "below"
-    order = slice(None, None, -1 if side == "above" else 1)
+    side = "higher" if claim.as_there and there[0].low > there[1].low else "lower"
+    order = slice(None, None, -1 if side == "higher" else 1)
     form = {"loss": ".4g", "epochs_to_adam": "g", "seconds_to_adam": ".1f", "epoch_cost": ".2f"}[claim.measure]
     rows = [row for label in (claim.label, claim.against) if label in own for row in own[label].rows.values()]
-    flags = own[claim.label].flags if claim.label in own and claim.measure in ("seconds_to_adam", "epoch_cost") else ()
+    timed = claim.measure in ("seconds_to_adam", "epoch_cost")
+    notes = list(own[claim.label].flags) if claim.label in own and timed else []
+    notes += [note for label in (claim.label, claim.against) if label in own for note in _went_wrong(own[label])]
+    word = verdict(*here[order], strict=claim.strict)
     return {
         "claim": claim.text.format(side=side, figure=f"{there[1].low:g}"),
         "paper": _figures(there if claim.against else there[:1], ".4g"),
         "paper_verdict": verdict(*there[order], strict=claim.strict),
         "ours": _figures(here if claim.against else here[:1], form),
-        "verdict": verdict(*here[order], strict=claim.strict),
+        "verdict": word + ONE_SEED if one_seed and word in (HOLDS, FAILS) else word,
         "seeds": len({row["seed"] for row in rows}),
-        "notes": "; ".join(flags),
+        "notes": "; ".join(notes),
     }
+
+
+def _went_wrong(standing: Standing) -> list[str]:
+    counts = {status: standing.count(status) for status in ("diverged", "failed")}
+    return [
+        f"{standing.label}: {count} of {len(standing.rows)} seeds {status}" for status, count in counts.items() if count
+    ]
 
 
 def _figures(spreads: list[Spread], form: str) -> str:
@@ -226,8 +266,9 @@ CLAIM_COLUMNS: Columns = (
 
 
 def count_verdicts(lines: list[dict[str, Any]]) -> str:
-    """A sentence: how many claims hold, and how they fared where the paper has them hold."""
-    counts = {word: sum(line["verdict"] == word for line in lines) for word in (HOLDS, FAILS, UNCLEAR, MISSING)}
+    """A sentence: how many claims hold, on how many seeds, and where the paper's own figures are against them."""
+    known = [HOLDS, HOLDS + ONE_SEED, FAILS, FAILS + ONE_SEED, TIE, NEITHER, UNCLEAR, MISSING]
+    counts = {word: sum(line["verdict"] == word for line in lines) for word in known}
     parts = ", ".join(f"{count} × {word}" for word, count in counts.items() if count)
     other = [f"{line['problem']}: {line['claim']}" for line in lines if line["paper_verdict"] == FAILS]
     text = f"Of {len(lines)} claims: {parts}."

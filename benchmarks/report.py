@@ -22,7 +22,7 @@ from evidence import (
     summarise,
     title_of,
 )
-from paper import BESIDE, CLAIM_COLUMNS, NOTE, PAPER, SOURCE, beside, count_verdicts, judge
+from paper import BESIDE, CHANCE, CLAIM_COLUMNS, NOTES, PAPER, SOURCE, batch_sizes, beside, count_verdicts, judge
 from runs import Row
 from tables import SUMMARY, as_markdown, as_text, cells_of
 
@@ -124,9 +124,9 @@ def _comparison(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | No
         return
     pages.say(
         "Each optimizer at the setting of its grid with the lowest training loss on seed 0, on all seeds that have it: "
-        "median (range of the seeds that got there). A training loss is the mean that `fit` reports for an epoch. Epochs and seconds to Adam's and "
-        "to KFAC's lowest training loss are counted to that of the same seed; seconds are of training, the first epoch "
-        "and its tracing included; – where the median seed never got there."
+        "median (range of the seeds that got there). A training loss is the mean that `fit` reports for an epoch. "
+        "Epochs and seconds to Adam's and to KFAC's lowest training loss are counted to that of the same seed; seconds "
+        "are of training, the first epoch and its tracing included; – where the median seed never got there."
     )
     settings = list(dict.fromkeys(standing.setting for standing in standings))
     titles = [title_of(setting, settings) for setting in settings]
@@ -161,14 +161,14 @@ def _paper(
     if not own:
         return
     pages.heading("Beside the paper")
-    pages.say(f"Paper: {SOURCE}.", NOTE)
+    pages.say(f"Paper: {SOURCE}.", *NOTES, *batch_sizes(standing.setting for standing in own))
     for setting in dict.fromkeys(standing.setting for standing in own):
         pages.heading(f"{title_of(setting, [s.setting for s in own])}, the paper's and ours", 3)
         pages.table(cells_of(beside(s for s in own if s.setting == setting), BESIDE))
         pages.say(stands_on(_of(rows, "comparison", setting), _of(planned, "comparison", setting)))
     claims = judge(own)
     pages.heading("Claims", 3)
-    pages.say('"Holds" and "does not hold" need ranges over seeds that do not overlap.', count_verdicts(claims))
+    pages.say('"Holds" and "does not hold" need ranges over seeds that do not overlap.', CHANCE, count_verdicts(claims))
     for problem in dict.fromkeys(line["problem"] for line in claims):
         pages.heading(f"{problem}, claims", 4)
         pages.table(cells_of((line for line in claims if line["problem"] == problem), CLAIM_COLUMNS))

@@ -142,10 +142,13 @@ def test_epochs_are_medians_over_the_seeds_that_came_so_far():
         ((1, 2), (3, 4), True, "holds"),
         ((3, 4), (1, 2), True, "does not hold"),
         ((1, 3), (2, 4), True, "within the seeds' spread"),
-        ((2,), (2,), True, "does not hold"),
+        ((2,), (2,), True, "tie"),
+        ((2, 2), (2, 2), True, "tie"),
+        ((2, 3), (1, 2), True, "does not hold"),
         ((2,), (2,), False, "holds"),
         ((), (2,), True, "no result"),
-        ((None,), (None,), True, "does not hold"),
+        ((None,), (None,), True, "neither"),
+        ((None, None), (None,), False, "neither"),
         ((3,), (None,), True, "holds"),
         ((1, None), (2, 3), True, "within the seeds' spread"),
     ],
@@ -167,12 +170,13 @@ def test_claims_stand_beside_the_papers_figures_and_turn_with_ours():
         return {line["claim"]: line for line in judge(comparison(rows))}
 
     lines = judged(0.3, 0.2, 0.1)
-    assert lines["KFAC ends below Adam"]["verdict"] == lines["SGD ends below Adam"]["verdict"] == "holds"
-    assert lines["KFAC ends below Adam"]["paper"] == "0.0752 against 0.0796"
-    assert lines["KPSVD ends at or below KFAC"]["verdict"] == "no result"
-    assert lines["an epoch of KFAC costs at most 2 × Adam's"]["verdict"] == "does not hold"
+    kfac, sgd = "KFAC reaches a lower loss than Adam", "SGD reaches a lower loss than Adam"
+    assert lines[kfac]["verdict"] == lines[sgd]["verdict"] == "holds (one seed)"
+    assert lines[kfac]["paper"] == "0.0752 against 0.0796" and lines[kfac]["paper_verdict"] == "holds"
+    assert lines["KPSVD reaches a loss at or below KFAC's"]["verdict"] == "no result"
+    assert lines["an epoch of KFAC costs at most 2 × Adam's"]["verdict"] == "does not hold (one seed)"
     lines = judged(0.1, 0.2, 0.3)
-    assert lines["KFAC ends below Adam"]["verdict"] == lines["SGD ends below Adam"]["verdict"] == "does not hold"
+    assert lines[kfac]["verdict"] == lines[sgd]["verdict"] == "does not hold (one seed)"
     assert lines["KFAC reaches Adam's best in less time than Adam"]["ours"].startswith("never against 1.0")
 
 
@@ -182,8 +186,45 @@ def test_sgd_is_claimed_on_the_papers_side_of_adam():
 
     rows = [run_of("adam", [0.2]) | {"problem": "mnist"}, run_of("sgd", [0.3]) | {"problem": "mnist"}]
     lines = {line["claim"]: line for line in judge(comparison(rows))}
-    assert lines["SGD ends above Adam"]["verdict"] == "holds"
-    assert lines["KPSVD ends at or below KFAC"]["paper_verdict"] == "does not hold"
+    assert lines["SGD reaches a higher loss than Adam"]["verdict"] == "holds (one seed)"
+    assert lines["KPSVD reaches a loss at or below KFAC's"]["paper_verdict"] == "does not hold"
+
+
+def test_claims_count_seeds_ties_and_those_that_went_wrong():
+    from evidence import comparison
+    from paper import count_verdicts, judge
+
+    rows = [row | {"problem": "curves"} for row in rows_of_three_seeds()]
+    rows += [run_of("deflation", [0.3, 0.2], seed=seed) | {"problem": "curves"} for seed in range(2)]
+    rows += [run_of("lanczos", [0.9]) | {"problem": "curves"}]
+    lines = {line["claim"]: line for line in judge(comparison(rows))}
+    kfac = lines["KFAC reaches a lower loss than Adam"]
+    assert kfac["verdict"] == "within the seeds' spread" and kfac["notes"] == "kfac: 1 of 3 seeds diverged"
+    assert lines["Deflation reaches a lower loss than KFAC"]["verdict"] == "within the seeds' spread"
+    assert lines["Lanczos reaches Adam's best in less time than Adam"]["verdict"] == "does not hold (one seed)"
+    rows = [run_of(label, [loss, loss]) | {"problem": "curves"} for label, loss in
+            (("adam", 0.3), ("kfac", 0.2), ("deflation", 0.2), ("kfac_corrected", 0.4))]  # fmt: skip
+    lines = judge(comparison(rows))
+    epochs = {line["claim"].split()[0]: line["verdict"] for line in lines if "fewer epochs" in line["claim"]}
+    assert epochs == {"Deflation": "tie", "Lanczos": "no result", "KFAC-corrected": "does not hold (one seed)"}
+    counted = "3 × holds (one seed), 3 × does not hold (one seed), 4 × tie, 6 × no result."
+    assert count_verdicts(lines).startswith(f"Of 16 claims: {counted}")
+
+
+def test_report_says_how_ours_differ_from_the_papers_and_what_chance_does(tmp_path):
+    from itertools import combinations
+
+    from report import make_report
+
+    rows = [row | {"problem": "faces", "batch": 256} for row in rows_of_three_seeds()]
+    text = make_report(rows, tmp_path)
+    assert "Batch sizes differ: faces 256, the paper's 1024." in text
+    assert "3 steps of conjugate gradients" in text and "refresh every 5 steps" in text
+    assert "Batch sizes differ" not in make_report([row | {"batch": 1024} for row in rows], tmp_path)
+    for seeds, words in ((3, "three seeds each are apart by chance in 1 of 10"), (2, "two seeds in 1 of 3")):
+        halves = [set(half) for half in combinations(range(2 * seeds), seeds)]
+        apart = sum(max(half) == seeds - 1 or min(half) == seeds for half in halves)
+        assert words in text and len(halves) == apart * int(words.split()[-1])
 
 
 def test_report_writes_what_it_says(tmp_path):
