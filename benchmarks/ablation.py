@@ -22,13 +22,21 @@ from evidence import (
     settings_in_order,
     title_of,
 )
+from plans import DEFAULTS
 from runs import Row, best_loss
 from tables import DASH, ranged
 
 ONE_TERM = {"deflation": "kpsvd", "lanczos": "kpsvd", "kfac_corrected": "kfac"}  # what has the first term alone
 MEASURES = (("loss", "lowest training loss", ".4g"), ("held_out_loss", "lowest held-out loss", ".4g"))
-SECONDS = ("seconds", "seconds of training", ".1f")
+SECONDS = (
+    ("epoch_seconds", "seconds of the median epoch after the first", ".3g"),
+    ("first_epoch_seconds", "seconds of the first epoch, tracing included", ".3g"),
+)
 WITHIN = "within the seeds' spread"
+HIDDEN = (
+    "every step here is improved by conjugate gradients on the exact Fisher matrix, which hides part of what a "
+    "preconditioner's damping or second term does."
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,10 @@ class Change:
 
 
 def change(own: Case | None, other: Case | None, who: str, name: str = "loss") -> Change | None:
-    """The change of `name` ("loss" or "seconds") from `other` to `own`; None where no seed has both."""
+    """The change of `name` ("loss" or "epoch_seconds") from `other` to `own`; None where no seed has both."""
     if own is None or other is None:
         return None
-    value = _total if name == "seconds" else _lowest
+    value = _epoch if name == "epoch_seconds" else _lowest
     others = {row["seed"]: value(row) for row in measured(other.rows)}
     pairs = [(value(row), others[row["seed"]]) for row in measured(own.rows) if others.get(row["seed"], 0)]
     pairs = [pair for pair in pairs if math.isfinite(pair[1]) and (name == "loss" or math.isfinite(pair[0]))]
@@ -144,8 +152,10 @@ def _lowest(row: Row) -> float:
     return math.inf if loss is None else loss
 
 
-def _total(row: Row) -> float:
-    return sum(row["seconds"]) if row["status"] == "finished" else math.inf
+def _epoch(row: Row) -> float:
+    """Seconds of the median epoch after the first, which is mostly tracing."""
+    seconds = row["seconds"][1:]
+    return median(seconds) if seconds and row["status"] == "finished" else math.inf
 
 
 def sentences(cases: Sequence[Case]) -> list[str]:
@@ -162,8 +172,11 @@ def sentences(cases: Sequence[Case]) -> list[str]:
 
 def aspect_sentences(cases: Sequence[Case]) -> list[str]:
     """The sentences of one setting and aspect, without the words that name these."""
-    found = damping_sentences(cases) if cases[0].aspect == "damping" else _case_sentences(cases)
-    found += _second_term_sentences(cases) if cases[0].aspect not in ("damping", "indefinite") else []
+    aspect = cases[0].aspect
+    found = _refresh_sentences(cases) + _same_sentences(cases)
+    found += damping_sentences(cases) if aspect == "damping" else _case_sentences(cases)
+    found += _second_term_sentences(cases) if aspect not in ("damping", "indefinite") else []
+    found += [HIDDEN] if aspect in ("damping", "indefinite") and len(found) > 0 else []
     for status in ("diverged", "failed"):
         bad = [
             f'{case.method} with "{case.case}" on {case.count(status)} of {len(case.rows)} seeds'
@@ -184,9 +197,55 @@ def _listed(changes: Iterable[Change | None]) -> str:
 
 
 def _alone(changes: Iterable[Change | None]) -> str:
-    return (
-        " Changes on a single seed have no spread." if any(c is not None and c.within is None for c in changes) else ""
-    )
+    single = any(c is not None and c.within is None for c in changes)
+    return " One seed has no spread: such changes may be chance." if single else ""
+
+
+# How often the curvature is refreshed, and cases that are one training
+
+
+def refreshes(case: Case) -> tuple[int, int] | None:
+    """Steps of a whole run, and how many of them refresh the curvature; None where the samples are not known."""
+    if case.setting.samples is None or not case.rows:
+        return None
+    options = next(iter(case.rows.values()))["options"]
+    interval = options.get("curvature_interval", DEFAULTS["curvature_interval"])
+    steps = case.setting.epochs * math.ceil(case.setting.samples / case.setting.batch)
+    return steps, math.ceil(steps / interval)
+
+
+def _refresh_sentences(cases: Sequence[Case]) -> list[str]:
+    """How often each case refreshes, where they differ."""
+    counts = {case.case: refreshes(case) for case in cases}
+    if None in counts.values() or len(set(counts.values())) < 2:
+        return []
+    steps = next(iter(counts.values()))[0]
+    listed = ", ".join(f'{number} with "{name}"' for name, (_, number) in counts.items())
+    return [f"of the {steps} steps of a run these refresh the curvature: {listed}."]
+
+
+def same_training(cases: Iterable[Case]) -> dict[tuple[str, str], str]:
+    """By method and case: an earlier case whose losses are equal in every epoch of every seed."""
+    first: dict[tuple, str] = {}
+    found = {}
+    for case in cases:
+        series = [(seed, *row["losses"], *row["held_out_losses"]) for seed, row in case.rows.items() if row["losses"]]
+        if series:
+            earlier = first.setdefault((case.method, tuple(series)), case.case)
+            if earlier != case.case:
+                found[case.method, case.case] = earlier
+    return found
+
+
+def _same_sentences(cases: Sequence[Case]) -> list[str]:
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for (method, name), earlier in same_training(cases).items():
+        pairs.setdefault((name, earlier), []).append(method)
+    return [
+        f'"{name}" and "{earlier}" are the same training for {", ".join(methods)}: every loss is equal, and there is '
+        "nothing to compare."
+        for (name, earlier), methods in pairs.items()
+    ]
 
 
 # One case against the first
@@ -195,39 +254,43 @@ def _alone(changes: Iterable[Change | None]) -> str:
 def _case_sentences(cases: Sequence[Case]) -> list[str]:
     """Each case against the first: what it does to the loss and the seconds of every method."""
     names = list(dict.fromkeys(case.case for case in cases))
-    methods, find = in_order((case.method for case in cases), METHODS), _finder(cases)
+    find, same = _finder(cases), same_training(cases)
     result = []
     for name in names[1:]:
+        methods = [m for m in in_order((case.method for case in cases), METHODS) if (m, name) not in same]
         losses = [change(find(m, name), find(m, names[0]), m) for m in methods]
-        seconds = [change(find(m, name), find(m, names[0]), m, "seconds") for m in methods]
+        seconds = [change(find(m, name), find(m, names[0]), m, "epoch_seconds") for m in methods]
         if any(losses):
             result.append(
                 f'"{name}" against "{names[0]}" changes the lowest training loss by {_listed(losses)}, and the seconds '
-                f"of training by {_listed(seconds) or DASH}; {_balance(losses)}.{_alone(losses)}"
+                f"of an epoch after the first by {_listed(seconds) or DASH}; {_balance(losses)}.{_alone(losses)}"
             )
     return result
 
 
 def _balance(changes: Iterable[Change | None]) -> str:
-    """Whose loss it lowers and whose it raises, beyond the seeds' spread."""
-    clear = [c for c in changes if c is not None and not c.within]
-    parts = [
-        f"it {verb} that of {', '.join(who)}"
-        for verb, who in (
-            ("lowers", [c.who for c in clear if c.size < 0]),
-            ("raises", [c.who for c in clear if c.size > 0]),
+    """Whose loss it lowers and whose it raises, beyond the seeds' spread or on one seed."""
+    changes = [c for c in changes if c is not None]
+    found = []
+    for single, where in ((False, "beyond the seeds' spread"), (True, "on one seed")):
+        group = [c for c in changes if (c.within is None) == single]
+        verbs = (
+            ("lowers", [c.who for c in group if c.size < 0 and not c.within]),
+            ("raises", [c.who for c in group if c.size > 0 and not c.within]),
         )
-        if who
-    ]
-    return " and ".join(parts) if parts else "no loss changes beyond the seeds' spread"
+        parts = [f"it {verb} that of {', '.join(who)}" for verb, who in verbs if who]
+        if group:
+            found.append(f"{where} {' and '.join(parts) or 'no loss changes'}")
+    return "; ".join(found)
 
 
 def _second_term_sentences(cases: Sequence[Case]) -> list[str]:
     """What the second term does to the loss under each case."""
     names, find = list(dict.fromkeys(case.case for case in cases)), _finder(cases)
-    result = []
+    same, result = same_training(cases), []
     for two, one in ONE_TERM.items():
-        changes = [change(find(two, name), find(one, name), f'"{name}"') for name in names]
+        own = [name for name in names if not {(two, name), (one, name)} <= same.keys()]
+        changes = [change(find(two, name), find(one, name), f'"{name}"') for name in own]
         if any(changes):
             result.append(
                 f"the second term ({two} against {one}) changes the lowest training loss by {_listed(changes)}; "
@@ -238,9 +301,14 @@ def _second_term_sentences(cases: Sequence[Case]) -> list[str]:
 
 def _helps(changes: Iterable[Change | None]) -> str:
     changes = [c for c in changes if c is not None]
-    lower = sum(c.size < 0 and not c.within for c in changes)
-    higher = sum(c.size > 0 and not c.within for c in changes)
-    return f"beyond the seeds' spread it lowers it in {lower} and raises it in {higher} of {len(changes)} cases"
+    found = []
+    for single, where in ((False, "beyond the seeds' spread"), (True, "on one seed")):
+        group = [c for c in changes if (c.within is None) == single]
+        lower, higher = (sum(sign * c.size > 0 and not c.within for c in group) for sign in (-1, 1))
+        if group:
+            cases = f"{len(group)} case{'s' if len(group) > 1 else ''}"
+            found.append(f"{where} it lowers it in {lower} and raises it in {higher} of {cases}")
+    return "; ".join(found)
 
 
 # Damping: the rule against the second term
@@ -289,12 +357,16 @@ def _rule_or_term(
 
 
 def _larger(terms: Iterable[Change | None], rules: Iterable[Change | None]) -> str:
-    """Which of the two moves the loss by the larger factor, counting only what is beyond the seeds' spread."""
+    """Which of the two moves the loss by the larger factor, counting what is not within the seeds' spread."""
     terms, rules = list(terms), list(rules)
     if any(c and math.isinf(c.size) for c in (*terms, *rules)):
         return "without a loss these cannot be weighed"
     clear = [[c.size for c in some if c and not c.within] for some in (terms, rules)]
     term, rule = (max((abs(math.log1p(size)) for size in sizes), default=0.0) for sizes in clear)
+    if any(c and c.within is None for c in (*terms, *rules)):
+        if term == rule:
+            return "on one seed neither moves it more"
+        return f"on one seed {'the second term' if term > rule else 'the damping rule'} moves it more"
     if term == rule == 0:
         return "neither moves it beyond the seeds' spread"
     if term == rule:

@@ -185,7 +185,8 @@ def _ablation(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | None
         return
     pages.say(
         "KPSVD's defaults, but for the method and what the case names: median (range) over seeds. A change is the "
-        "median over seeds of both; it is within the seeds' spread where the ranges overlap."
+        "median over seeds of both; it is within the seeds' spread where the ranges overlap. The seconds compared are "
+        "those of the median epoch after the first: the first is mostly tracing, and given by itself."
     )
     settings = list(dict.fromkeys(case.setting for case in cases))
     for setting in settings:
@@ -202,7 +203,7 @@ def _ablation(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | None
 
 def _aspect(pages: _Pages, aspect: str, cases: Sequence[Case], planned: Sequence[dict] | None) -> None:
     pages.heading(f"{aspect}", 4)
-    for name, title, form in (*MEASURES, SECONDS):
+    for name, title, form in (*MEASURES, *SECONDS):
         cells = table_of(cases, name, form)
         pages.table([[title, *cells[0][1:]], *cells[1:]])
     wanted = _of(planned, "ablation", cases[0].setting)

@@ -6,11 +6,11 @@ from .conftest import make_row
 
 
 def case_rows(label, method, losses, seconds=1.0, statuses=()):
-    """A row for each seed, its lowest loss given."""
+    """A row for each seed, its lowest loss given, and the seconds of an epoch after the first."""
     statuses = [*statuses, *["finished"] * len(losses)]
     return [
-        make_row([loss], [seconds], optimizer="kpsvd", study="ablation", label=label, options={"method": method},
-                 seed=seed, samples=100, status=statuses[seed])
+        make_row([loss, loss], [99.0 + seed, seconds], optimizer="kpsvd", study="ablation", label=label,
+                 options={"method": method}, seed=seed, samples=100, status=statuses[seed])
         for seed, loss in enumerate(losses)
     ]  # fmt: skip
 
@@ -45,7 +45,54 @@ def test_damping_sentence_weighs_the_rule_against_the_second_term_and_turns_with
 def test_changes_within_the_seeds_spread_do_not_count():
     text = damping([1.0, 2.0], [0.99, 2.1], [0.98, 2.0], [1.0, 2.0])
     assert "(sqrt, within the seeds' spread)" in text and "neither moves it beyond the seeds' spread" in text
-    assert "single seed" in damping([1.0], [0.9], [0.9], [0.8])
+
+
+def test_a_single_seed_is_never_said_to_be_beyond_a_spread():
+    texts = [damping([1.0], [0.7], [0.9], [0.6]), damping([1.0], [0.9], [0.5], [0.45])]
+    assert "on one seed the damping rule moves it more" in texts[0]
+    assert "on one seed the second term moves it more" in texts[1]
+    for aspect in ("indefinite", "fisher"):
+        for second in (0.5, 2.0, 1.0):
+            rows = [
+                case_rows(f"{aspect}: {case}", method, [loss * factor])
+                for case, loss in (("a", 1.0), ("b", second))
+                for method, factor in (("kfac", 1.0), ("kfac_corrected", 0.9))
+            ]
+            texts.append(said(*rows))
+    assert "on one seed it lowers that of kfac, kfac_corrected" in texts[2]
+    assert "on one seed it raises that of kfac, kfac_corrected" in texts[3]
+    assert "on one seed it lowers it in 2 and raises it in 0 of 2 cases" in texts[5]
+    for text in texts:
+        assert "beyond" not in text and "matters more" not in text
+    assert all("One seed has no spread" in text for text in texts[:4])
+
+
+def test_cases_with_equal_losses_are_one_training_and_refreshes_are_counted():
+    def rows(method, first, twenty, hundred):
+        intervals = {"every 5": first, "every 20": twenty, "every 100": hundred}
+        options = {"every 5": {}, "every 20": {"curvature_interval": 20}, "every 100": {"curvature_interval": 100}}
+        return [
+            row | {"options": row["options"] | options[name], "epochs": 8}
+            for name, losses in intervals.items()
+            for row in case_rows(f"interval: {name}", method, losses)
+        ]
+
+    # 100 images in batches of 64, twice 8 epochs.
+    text = said(rows("kfac", [1.0, 1.1], [2.0, 2.1], [2.0, 2.1]))
+    assert 'of the 16 steps of a run these refresh the curvature: 4 with "every 5", 1 with "every 20", 1' in text
+    assert '"every 100" and "every 20" are the same training for kfac: every loss is equal' in text
+    assert '"every 20" against "every 5"' in text and '"every 100" against "every 5"' not in text
+    text = said(rows("kfac", [1.0, 1.1], [2.0, 2.1], [2.0, 2.2]), rows("kfac_corrected", [1, 2], [3, 4], [3, 4]))
+    assert "the same training for kfac_corrected:" in text and '"every 100"' in text.partition("second term")[2]
+    both = [rows(method, [1.0, 1.1], [2.0, 2.1], [2.0, 2.1]) for method in ("kfac", "kfac_corrected")]
+    assert '"every 100"' not in said(*both).partition("second term")[2]
+
+
+def test_damping_says_that_conjugate_gradients_hide_part_of_it():
+    assert "conjugate gradients on the exact Fisher matrix" in damping([1.0], [0.9], [0.9], [0.8])
+    assert "conjugate gradients on" not in said(
+        case_rows("fisher: a", "kfac", [1.0]), case_rows("fisher: b", "kfac", [2])
+    )
 
 
 def test_a_case_without_losses_is_neither_weighed_nor_called_within_the_spread():
@@ -62,9 +109,9 @@ def test_cases_are_set_against_the_first_for_each_method_also_where_that_speaks_
 
     start = 'On digits, indefinite: "reflect" against "absolute" changes the lowest training loss by '
     assert text([0.5, 0.55]).startswith(start + "−50.0 % (lanczos)") and "it lowers that of lanczos" in text([0.5, 0.5])
-    assert "seconds of training by −50.0 %" in text([0.5, 0.5])
+    assert "seconds of an epoch after the first by −50.0 %" in text([0.5, 0.5])
     assert "+100.0 % (lanczos)" in text([2.0, 2.2]) and "it raises that of lanczos" in text([2.0, 2.2])
-    assert "no loss changes beyond the seeds' spread" in text([1.05, 1.05])
+    assert "beyond the seeds' spread no loss changes" in text([1.05, 1.05])
 
 
 def test_second_term_is_judged_under_every_case_and_missing_methods_are_passed_over():
