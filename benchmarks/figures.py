@@ -12,13 +12,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from ablation import Case
-from colours import METHOD_COLOURS
+from colours import LINE, LINES, METHOD_COLOURS
 from contestants import METHODS
 from evidence import Spread, Standing, in_order, measured, per_epoch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from paper import PAPER
 from runs import Row, best_loss
 
@@ -50,8 +50,9 @@ def draw_losses(standings: Sequence[Standing], title: str) -> Figure:
     for row, (name, series) in enumerate((("loss", "losses"), ("held_out_loss", "held_out_losses"))):
         for standing in standings:
             own = [line for line in lines if line["label"] == standing.label and line[name] is not None]
-            style = {"color": colour(standing.label), "label": standing.label, "linewidth": 1.6}
-            style |= {"marker": "o", "markersize": 2.5}
+            width, dashes = LINES.get(standing.label, LINE)
+            style = {"color": colour(standing.label), "label": standing.label, "linewidth": width, "linestyle": dashes}
+            style |= {"marker": "o", "markersize": width + 1}
             if own:
                 epochs = [line["epoch"] for line in own]
                 low, high = ([line[f"{name}_{end}"] for line in own] for end in ("low", "high"))
@@ -75,10 +76,11 @@ def draw_losses(standings: Sequence[Standing], title: str) -> Figure:
         panels[row, 0].set_ylabel(("training loss", "held-out loss")[row])
     panels[1, 0].set_xlabel("epochs (median and range over seeds)")
     panels[1, 1].set_xlabel("seconds of training, tracing included (the median seed's run)")
+    panels[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[1, 1].set_xlim(left=0)
     figure.suptitle(title)
     handles = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, handlelength=4)
     return figure
 
 
@@ -217,6 +219,8 @@ def draw_ablation(cases: Sequence[Case], title: str) -> Figure:
             panel.xaxis.set_major_locator(LogLocator(subs=steps))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.set_title(aspect, loc="left", fontsize=10)
         panel.set_xlabel("lowest training loss", fontsize=9)
     handles = [Line2D([], [], color=colour(method), marker="o", label=method) for method in methods]

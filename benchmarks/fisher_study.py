@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 VALUES = 20  # singular values kept of a layer
 _BLOCK = 2**22  # entries of `F̂` formed at a time, 32 MiB
 _MARKERS = {"kfac": "o", "kpsvd": "s", "deflation": "D", "lanczos": "x", "kfac_corrected": "^"}
-_PANEL = 3.4, 2.6  # inches
+_PANEL = 3.4, 2.6  # inches; two side by side are as wide as the legend
+_DODGE = 3.5  # points between the methods' bars
 
 Row = dict[str, Any]
 Terms = list[tuple[np.ndarray, np.ndarray]]
@@ -246,7 +247,7 @@ def plot(rows_by_problem: Mapping[str, list[Row]], directory: Path | str) -> lis
         ("singular_values", (1, len(problems)), _draw_singular_values),
     ):
         count, across = shape
-        figure = Figure((_PANEL[0] * across, _PANEL[1] * count + 0.5), layout="constrained")
+        figure = Figure((_PANEL[0] * max(across, 2), _PANEL[1] * count + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(count, across, squeeze=False)
         handles = draw(problems, panels)
@@ -270,44 +271,54 @@ def _draw_errors(problems: dict[str, list[Row]], panels: np.ndarray) -> list[Any
             if not layers:
                 panel.set_axis_off()
                 continue
-            panel.set_ylabel(f"{words} (log scale)", fontsize=9)
+            panel.set_ylabel(f"{words}, median and range", fontsize=9)
             _epoch_axis(panel, sorted({row["epoch"] for row in rows}))
     return [handles[method] for method in METHOD_COLOURS if method in handles]
 
 
 def _draw_error(panel: Axes, rows: list[Row], error: str) -> dict[str, Any]:
-    """A curve for each method, the median over layers, and a band from the least to the largest."""
-    handles = {}
-    for method in (method for method in METHOD_COLOURS if any(method in row["errors"] for row in rows)):
+    """A curve for each method, the median over layers, and bars from the least to the largest; returns the curves."""
+    from matplotlib.transforms import ScaledTranslation
+
+    handles, largest, least = {}, 0.0, math.inf
+    methods = [method for method in METHOD_COLOURS if any(method in row["errors"] for row in rows)]
+    panel.set_yscale("log")
+    for place, method in enumerate(methods):
         points: dict[int, list[float]] = {}
         for row in rows:
             value = row["errors"].get(method, {}).get(error)
-            if value:  # neither unknown nor, on a log axis, zero
+            if value is not None:
                 points.setdefault(row["epoch"], []).append(value)
         if not points:
             continue
+        positive = [value for values in points.values() for value in values if value > 0]
+        largest, least = max([largest, *positive]), min([least, *positive])
         epochs = sorted(points)
-        colour = METHOD_COLOURS[method]
+        aside = ScaledTranslation((place - (len(methods) - 1) / 2) * _DODGE / 72, 0, panel.figure.dpi_scale_trans)
+        style = {"color": METHOD_COLOURS[method], "transform": panel.transData + aside}
         # Converged, "deflation" and "lanczos" are the same: one dashed, so that both are seen.
         (handles[method],) = panel.plot(
             epochs,
             [median(points[epoch]) for epoch in epochs],
-            color=colour,
             marker=_MARKERS.get(method, "."),
             markersize=4,
             linestyle="--" if method == "lanczos" else "-",
             linewidth=2.5 if method == "deflation" else 1.5,
             label=method,
+            **style,
         )
-        low, high = ([choose(points[epoch]) for epoch in epochs] for choose in (min, max))
-        panel.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
-        panel.set_yscale("log")
+        for epoch in epochs:
+            ends = min(points[epoch]), max(points[epoch])
+            panel.plot([epoch, epoch], ends, linewidth=0.8, alpha=0.7, marker="_", markersize=3, **style)
+    if largest > 0:  # a zero lies below the axis
+        panel.set_ylim(least / 1.5, largest * 1.5)
     return handles
 
 
 def _epoch_axis(panel: Axes, epochs: list[int]) -> None:
     """Epochs, logarithmic from 1, with ticks at those measured."""
     panel.set_xscale("symlog", linthresh=1)
+    panel.set_xlim(-0.3, max(0.3, 1.4 * epochs[-1]))
     # The last one always; one before it only where there is room for both numbers.
     named = [epoch for epoch in epochs if epoch == epochs[-1] or 1.4 * epoch < epochs[-1]]
     panel.set_xticks(named, [str(epoch) for epoch in named])

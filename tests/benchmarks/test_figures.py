@@ -1,5 +1,7 @@
 """Figures hold the numbers of the rows they are drawn from."""
 
+from itertools import pairwise
+
 import matplotlib
 import pytest
 
@@ -42,6 +44,28 @@ def test_losses_are_medians_over_epochs_and_the_median_run_over_seconds(drawn):
     assert [panel.get_yscale() for panel in panels] == ["log"] * 4 and len(panels[0].collections) == 2
 
 
+def test_equal_losses_are_all_seen_and_epochs_are_whole(drawn):
+    """A later line on an earlier one has gaps, or is the narrower."""
+    from colours import LINE, LINES, METHOD_COLOURS
+    from figures import draw_losses
+
+    labels = [label for label in METHOD_COLOURS if label not in ("sgd", "muon")]
+    rows = [run_of(label, [0.9, 0.5], options={"learning_rate": 1}) for label in labels]
+    panel, *_, below, _ = draw_losses(standings_of(rows), "digits").axes
+    lines = [lines_of(panel)[label] for label in labels]
+    for k, line in enumerate(lines):
+        for above in lines[k + 1 :]:
+            if {line.get_label(), above.get_label()} <= LINES.keys() - {"adam", "adamw"}:
+                assert above.is_dashed() or above.get_linewidth() < line.get_linewidth() - 1
+    assert lines_of(panel)["adamw"].is_dashed() and not lines_of(panel)["adam"].is_dashed()
+    assert lines_of(panel)["adamw"].get_linewidth() < lines_of(panel)["adam"].get_linewidth()
+    assert LINE[1] == "-" and all(tick == int(tick) for tick in below.get_xticks())
+    # No line is faint on white: relative luminance by WCAG.
+    for name in METHOD_COLOURS.values():
+        linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(name)]
+        assert 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.5
+
+
 def test_ratios_to_target_are_dots_and_never_is_written(drawn):
     from figures import draw_to_target
 
@@ -76,6 +100,22 @@ def test_ablation_has_a_panel_for_each_aspect_and_marks_what_diverged(drawn):
     assert [dot.get_fillstyle() for dot in dots] == ["full", "none"]
     assert [line.get_marker() for line in fisher.lines] == ["x"]
     assert [label.get_text() for label in batch.get_yticklabels()] == ["quarter", "whole"]
+
+
+def test_numbers_below_an_ablation_panel_do_not_run_together(drawn):
+    from ablation import cases_of
+    from figures import draw_ablation
+
+    rows = [case_rows(f"batch: {k}", "kfac", [loss]) for k, loss in enumerate((0.01305, 0.01482, 0.03195))]
+    figure = draw_ablation(cases_of([row for own in rows for row in own]), "digits")
+    figure.draw_without_rendering()
+    left, right = figure.axes[0].get_xlim()
+    boxes = [
+        label.get_window_extent()
+        for label in figure.axes[0].get_xticklabels()
+        if left <= label.get_position()[0] <= right
+    ]
+    assert len(boxes) > 2 and all(one.x1 + 5 < other.x0 for one, other in pairwise(boxes))
 
 
 def test_figures_are_a_thousand_pixels_wide(drawn, tmp_path):

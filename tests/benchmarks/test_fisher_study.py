@@ -252,3 +252,29 @@ def test_pictures_are_drawn_with_the_medians_of_all_methods(rows_by_problem, tmp
         assert epochs == [0, 5] and medians == pytest.approx([np.mean(found[:2]), np.mean(found[2:])])
         assert look["color"] == METHOD_COLOURS[look["label"]]
     assert fisher_study.plot({"empty": []}, tmp_path) == []
+
+
+def test_an_error_of_zero_counts_in_the_medians_and_an_unknown_one_does_not(rows_by_problem, tmp_path, monkeypatch):
+    import fisher_study
+    from matplotlib.axes import Axes
+
+    rows = [dict(row) for row in 2 * rows_by_problem["one"] if row["epoch"] == 0]
+    for row, error in zip(rows, (0.0, 0.2, 0.5, None), strict=True):
+        row["errors"] = {"kfac": {"error_1": error, "error_2": None}}
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append((a, k)) or plot(self, *a, **k))
+    fisher_study.plot({"one": rows}, tmp_path)
+    assert [a[1] for a, k in drawn if k.get("label") == "kfac"] == [[0.2]]
+
+
+def test_legends_are_whole_with_one_problem(rows_by_problem, tmp_path, monkeypatch):
+    import fisher_study
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    fisher_study.plot({"one": rows_by_problem["one"]}, tmp_path)
+    for figure in figures:
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert len(figures) == 2
