@@ -159,6 +159,7 @@ def status_command(options: argparse.Namespace) -> int:
 def report_command(options: argparse.Namespace) -> int:
     """Writes tables and figures; returns 1 if there is no result."""
     import fisher_study
+    import fisher_tables
     from report import make_report
 
     _, plan = read_plan(options.results / "plan.json")
@@ -167,29 +168,16 @@ def report_command(options: argparse.Namespace) -> int:
     if not rows:
         print(f"{options.results} holds no results of its plan", file=sys.stderr)
         return 1
-    studied = {row["problem"]: row["fisher"] for row in rows if row.get("fisher")}
+    studied = {row["problem"]: row["fisher"] for row in rows if row.get("fisher") is not None}
     extra = ""
     if studied:
         fisher_study.write_csv(studied, options.results / "errors.csv")
         fisher_study.write_singular_values(studied, options.results / "singular_values.csv")
         fisher_study.plot(studied, options.results)
-        extra = ERRORS
+        extra = fisher_tables.section(studied)
     print(make_report(rows, options.results, planned=[asdict(run) for run in plan], extra=extra))
     print(f"written to {options.results}")
     return 0
-
-
-ERRORS = """## Errors of the approximations during training
-
-`kfac` trains; after the epochs shown the five approximations are made of the same 256 training images with sampled
-targets, for every layer whose dense block fits, and compared with that dense block in float64.
-
-![Error 1 and error 2 of the five methods](errors.png)
-
-![Singular values of the rearranged Fisher matrix](singular_values.png)
-
-Data: [errors](errors.csv), [singular values](singular_values.csv).
-"""
 
 
 def _planned_rows(plan: list[Run], results: Results) -> list[Row]:

@@ -115,7 +115,7 @@ def test_numbers_below_an_ablation_panel_do_not_run_together(drawn):
         for label in figure.axes[0].get_xticklabels()
         if left <= label.get_position()[0] <= right
     ]
-    assert len(boxes) > 2 and all(one.x1 + 5 < other.x0 for one, other in pairwise(boxes))
+    assert len(boxes) > 2 and all(one.x1 + 15 < other.x0 for one, other in pairwise(boxes))
 
 
 def test_figures_are_a_thousand_pixels_wide(drawn, tmp_path):
