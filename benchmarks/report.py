@@ -8,13 +8,14 @@ from typing import Any
 
 import figures
 from ablation import MEASURES, SECONDS, Case, ablation_lines, cases_of, sentences, table_of
-from contestants import edge_of_grid
+from contestants import CONTESTANTS, edge_of_grid
 from defaults import write_csv
 from evidence import (
     Setting,
     Standing,
     comparison,
     conditions,
+    in_order,
     per_epoch,
     setting_of,
     settings_in_order,
@@ -23,8 +24,8 @@ from evidence import (
     title_of,
 )
 from paper import BESIDE, CHANCE, CLAIM_COLUMNS, NOTES, PAPER, SOURCE, batch_sizes, beside, count_verdicts, judge
-from runs import Row
-from tables import SUMMARY, as_markdown, as_text, cells_of
+from runs import SEARCH_SEED, Row
+from tables import DASH, SUMMARY, as_markdown, as_text, cells_of, in_words
 
 REPORT = "report.md"
 
@@ -73,6 +74,9 @@ def make_report(
     if rows:
         pages.say(*_where(rows))
         pages.table(_sizes(rows))
+        _grids(pages, rows, planned)
+        _went_wrong(pages, rows)
+        pages.say(*warnings_of(rows))
     _comparison(pages, rows, planned, directory)
     _ablation(pages, rows, planned, directory)
     text = "\n\n".join([*pages.text, f"written to {directory / REPORT}"])
@@ -102,6 +106,48 @@ def _sizes(rows: Sequence[Row]) -> list[list[str]]:
             size = (setting.samples, setting.batch, setting.epochs)
             cells.append([study, setting.problem, *map(str, size), *map(", ".join, several)])
     return cells
+
+
+def _grids(pages: _Pages, rows: Sequence[Row], planned: Sequence[dict] | None) -> None:
+    """The settings that each optimizer of the comparison is tried with, by the plan or else by the rows."""
+    grids: dict[str, list[str]] = {}
+    for run in _of(rows if planned is None else planned, "comparison") or ():
+        if run["seed"] == SEARCH_SEED and run["options"] is not None:
+            grids.setdefault(run["label"], []).append(in_words(run["options"]))
+    if grids:
+        pages.heading("Grids", 3)
+        cells = [[label, "; ".join(dict.fromkeys(grids[label]))] for label in in_order(grids, CONTESTANTS)]
+        pages.table([["optimizer of the comparison", "settings tried on seed 0"], *cells])
+
+
+def _went_wrong(pages: _Pages, rows: Sequence[Row]) -> None:
+    """Why runs diverged or failed."""
+    cells = [
+        [
+            row["status"],
+            str(row.get("study")),
+            row["problem"],
+            row["label"],
+            in_words(row["options"]),
+            str(row["seed"]),
+            str(row.get("reason") or DASH),
+        ]
+        for status in ("diverged", "failed")
+        for row in rows
+        if row["status"] == status
+    ]
+    if cells:
+        pages.heading("Runs that went wrong", 3)
+        pages.table([["how", "study", "problem", "optimizer or case", "options", "seed", "reason"], *cells])
+
+
+def warnings_of(rows: Iterable[Row]) -> list[str]:
+    """What KPSVD warned of, once, with the problems where it did."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for warning in row.get("warnings") or ():
+            found.setdefault(str(warning), {})[row["problem"]] = None
+    return [f"Warned on {', '.join(problems)}: {warning}" for warning, problems in found.items()]
 
 
 def _of(rows: Iterable[dict] | None, study: str, setting: Setting | None = None) -> list[dict] | None:

@@ -1,6 +1,6 @@
 """Every table and figure of the paper as this project finds them, beside the paper's numbers, and what it leaves out.
 
-    python benchmarks/reproduce.py run        # about two hours on two cores; --quick: ten minutes
+    python benchmarks/reproduce.py run        # about two hours on two cores; --quick: under ten minutes
     python benchmarks/reproduce.py status     # what is through, what runs, what is left; from another terminal
     python benchmarks/reproduce.py report     # tables, figures and CSV of the results so far
 
@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     report = commands.add_parser("report", help="write tables, figures and CSV of the results so far")
     for command in (run, status, report):
         scale = command.add_mutually_exclusive_group()
-        scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="ten minutes' work")
+        scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="under ten minutes' work")
         scale.add_argument("--paper", dest="scale", action="store_const", const="paper", help="the paper's sizes")
         command.set_defaults(scale="standard")
         command.add_argument(

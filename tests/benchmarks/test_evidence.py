@@ -252,3 +252,25 @@ def test_report_tells_settings_at_the_edge_of_their_grids(tmp_path):
     sentence = "At the edge of their grids, so that a better setting may lie beyond: adam, learning_rate=0.01 is the"
     assert sentence in make_report(rows, tmp_path / "edge")
     assert "At the edge" not in make_report(rows[1:], tmp_path / "inside")
+
+
+def test_report_states_every_grid_why_runs_went_wrong_and_each_warning_once(tmp_path):
+    from report import make_report
+
+    rows = rows_of_three_seeds()
+    rows[-1] |= {"reason": "loss of nan in epoch 2", "warnings": ["KPSVD trains by SGD: norm."]}
+    rows.append(
+        run_of("kfac", [], status="failed", options={"damping": 2}) | {"reason": "no | memory", "problem": "conv"}
+    )
+    for row in rows[-3:]:
+        row["warnings"] = ["KPSVD trains by SGD: norm."]
+    planned = [{**row, "options": None if row["seed"] else row["options"]} for row in rows]
+    planned.append({**planned[0], "label": "muon", "options": {"learning_rate": 7.0}})
+    text = make_report(rows, tmp_path, planned=planned)
+    page = (tmp_path / "report.md").read_text()
+    assert "| adam | learning_rate=1; learning_rate=2 |" in page and "| muon | learning_rate=7 |" in page
+    assert "| diverged | comparison | digits | kfac | damping=1 | 2 | loss of nan in epoch 2 |" in page
+    assert "| failed | comparison | conv | kfac | damping=2 | 0 | no \\| memory |" in page
+    assert page.count("KPSVD trains by SGD") == 1 and "Warned on digits, conv: KPSVD trains by SGD: norm." in text
+    clean = make_report(rows[:3], tmp_path / "clean")
+    assert "went wrong" not in clean and "Warned" not in clean and "learning_rate=1; learning_rate=2" in clean
