@@ -118,3 +118,18 @@ def resolve_seed(seed: int | None) -> int:
     generator = random.Random()
     generator.setstate(random.getstate())
     return generator.randrange(2**31)
+
+
+def check_combinations(*, adaptive: bool, nesterov: bool, conjugate_steps: int, fit_interval: int) -> None:
+    """Refuses arguments of `KPSVD` that make no sense together."""
+    if conjugate_steps > 1 and fit_interval > 1:
+        raise ValueError(
+            "`fit_interval` must be 1 where `conjugate_steps` is more than 1, which needs an exact model in every "
+            "step: leave one of them out, or give conjugate_steps=1. "
+            f"Received: conjugate_steps={conjugate_steps}, fit_interval={fit_interval}"
+        )
+    if adaptive and nesterov:
+        raise ValueError(
+            "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
+            "leave it out, or give `learning_rate` a number."
+        )

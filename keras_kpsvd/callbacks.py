@@ -1,4 +1,7 @@
-"""`CurvatureMonitor`, the Keras callback that writes down what the curvature of a training run looks like."""
+"""`CurvatureMonitor`, the Keras callback that writes down what the curvature of a training run looks like.
+
+And what mends the files that Keras's own `BackupAndRestore` leaves when a run is killed.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd.arguments import check_count, is_number
+from keras_kpsvd.backups import is_whole, mend_backup
 from keras_kpsvd.curvature.observation import QUANTITIES, Observer
 from keras_kpsvd.optimizer import KPSVD
+
+__all__ = ["CurvatureMonitor", "is_whole", "mend_backup"]
 
 COLUMNS = ("layer", "update", *(name for name in QUANTITIES if name != "update"))
 

@@ -14,6 +14,7 @@ from keras_kpsvd import likelihoods
 from keras_kpsvd.arguments import (
     check_branches,
     check_choice,
+    check_combinations,
     check_count,
     check_fraction,
     check_not_xla,
@@ -35,7 +36,7 @@ from keras_kpsvd.curvature.step_control import Direction, StepCoefficients
 from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
-from keras_kpsvd.reporting import tell_of_fallback
+from keras_kpsvd.reporting import tell_of_fallback, tell_of_unused_rate
 from keras_kpsvd.saved_state import SavesExactly
 from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
 
@@ -116,6 +117,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             predictive distribution is not known.
     """
 
+    _rate_is_unused = False
+
     def __init__(
         self,
         learning_rate: Any = "adaptive",
@@ -151,22 +154,13 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         check_count("inverse_interval", inverse_interval)
         check_count("conjugate_steps", conjugate_steps)
         check_count("fit_interval", fit_interval)
-        if conjugate_steps > 1 and fit_interval > 1:
-            raise ValueError(
-                "`fit_interval` must be 1 where `conjugate_steps` is more than 1, which needs an exact model in every "
-                "step: leave one of them out, or give conjugate_steps=1. "
-                f"Received: conjugate_steps={conjugate_steps}, fit_interval={fit_interval}"
-            )
         if fisher_batch_size is not None:
             check_count("fisher_batch_size", fisher_batch_size)
         check_fraction("factor_decay", factor_decay, one=False)
         check_fraction("momentum", momentum, one=True)
         adaptive = isinstance(learning_rate, str) and learning_rate == "adaptive"
-        if adaptive and nesterov:
-            raise ValueError(
-                "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
-                "leave it out, or give `learning_rate` a number."
-            )
+        together = {"conjugate_steps": conjugate_steps, "fit_interval": fit_interval}
+        check_combinations(adaptive=adaptive, nesterov=nesterov, **together)
         if not adaptive:
             check_rate(learning_rate)
             learning_rate = float(learning_rate) if is_number(learning_rate) else learning_rate
@@ -204,6 +198,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         if self.built:
             return
         check_strategy(self._distribution_strategy, seeded=self._seeded)
+        self._exclude_again(variables)
         with outside_the_trace():
             super().build(variables)
             if (self.adaptive or self.damping == "adaptive") and not self.momentums:
@@ -217,6 +212,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         for block in self._blocks:
             block.layer.attach(self._recorder)
         others = [variable for variable in variables if self._var_key(variable) not in curved]
+        self._rate_is_unused = not others
         tell_of_fallback(others, all_of_them=not self._blocks)
         with tf.init_scope():
             self._saved_state.restore_waiting(self.variables)
@@ -375,12 +371,18 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
 
     @keras.optimizers.SGD.learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        """The given rate; with the adaptive one, that of variables without curvature, which must be a number."""
+        """The given rate; with the adaptive one, that of variables without curvature, which must be a number.
+
+        Where there are no such variables setting it has no effect, and one warning says so.
+        """
         if self.adaptive and callable(learning_rate):
             raise ValueError(
                 "`learning_rate` can only be set to a number where the optimizer was made with "
                 f"learning_rate='adaptive': make one with the schedule instead. Received: {learning_rate!r}"
             )
+        if self.adaptive and self._rate_is_unused and self.weight_decay is None:
+            tell_of_unused_rate()
+            self._rate_is_unused = False
         keras.optimizers.SGD.learning_rate.fset(self, learning_rate)
 
     @classmethod

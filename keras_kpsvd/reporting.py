@@ -36,6 +36,16 @@ def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> N
     warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
+def tell_of_unused_rate() -> None:
+    """Says, as a UserWarning, that a rate was set which no variable trains at."""
+    message = (
+        "KPSVD finds its rate in every step where learning_rate='adaptive', and all variables of this model train so: "
+        "setting `learning_rate`, as ReduceLROnPlateau and LearningRateScheduler do, has no effect. "
+        "Make KPSVD with a number or a schedule as `learning_rate` to choose the rate."
+    )
+    warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
+
+
 def run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:
     """Calls `function` with the value of `argument` when the surrounding branch runs.
 

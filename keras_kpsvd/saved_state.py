@@ -11,6 +11,8 @@ import keras
 import numpy as np
 
 KIND = "kind"
+EXCLUDED = "excluded_from_weight_decay"
+UNCHANGED = "The optimizer's state is unchanged; weights of the model, which Keras loads first, are the file's by now."
 
 
 class SavedState:
@@ -81,7 +83,7 @@ class SavedState:
         if saved != self.kind:
             raise ValueError(
                 f"The saved state does not belong to optimizer {self.optimizer!r}: expected that of {self.kind}, "
-                f"received that of {saved}. The optimizer's state is unchanged."
+                f"received that of {saved}. {UNCHANGED}"
             )
 
     def _check_shapes(self, variables: Sequence[keras.Variable], store: Any, count: int) -> None:
@@ -97,7 +99,7 @@ class SavedState:
             f"The saved state does not belong to optimizer {self.optimizer!r}: expected {len(expected)} variables, "
             f"received {len(received)}, and the shapes differ at number {differing} first. Build it on the same model "
             "with the same method and options, load the weights before `compile`, or the model with `compile=False`. "
-            "The optimizer's state is unchanged."
+            f"{UNCHANGED}"
         )
 
 
@@ -105,6 +107,38 @@ class SavesExactly:
     """Mixed into a Keras optimizer with an attribute `method`: its state is restored whole or refused."""
 
     _saved: SavedState | None = None
+    _excluded: Mapping[str, list[str]] = types.MappingProxyType({})
+
+    def exclude_from_weight_decay(
+        self, var_list: list[keras.Variable] | None = None, var_names: list[str] | None = None
+    ) -> None:
+        """As in every Keras optimizer; unlike theirs, ours is still excluded from after a `.keras` file was loaded."""
+        super().exclude_from_weight_decay(var_list, var_names)
+        paths = sorted({variable.path for variable in var_list or ()})
+        self._excluded = {"paths": paths, "names": sorted(set(var_names or ()))}
+
+    def _exclude_again(self, variables: list[keras.Variable]) -> None:
+        """Finds what was excluded among `variables`, which those of a loaded model are by their paths only."""
+        if self._excluded:
+            same = [variable for variable in variables if variable.path in self._excluded["paths"]]
+            super().exclude_from_weight_decay(same, self._excluded["names"])
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's, with what is excluded from weight decay where anything is."""
+        config = super().get_config()
+        if not self._excluded:
+            return config
+        # Plain lists: Keras tracks those of its attributes.
+        return {**config, EXCLUDED: {name: list(values) for name, values in self._excluded.items()}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> SavesExactly:
+        """The inverse of `get_config`."""
+        config = dict(config)
+        excluded = config.pop(EXCLUDED, {})
+        optimizer = super().from_config(config, custom_objects=custom_objects)
+        optimizer._excluded = excluded
+        return optimizer
 
     @property
     def _kind(self) -> str:

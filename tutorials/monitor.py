@@ -52,7 +52,7 @@ print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
 # %% [markdown]
 # ## A run with a monitor
 #
-# 1,797 digits of 8 × 8 pixels from scikit-learn. `budget=None` observes every refresh, one in ten updates: this run is
+# 1,797 digits of 8 × 8 pixels from scikit-learn. `budget=None` observes every refresh, one in five updates: this run is
 # short, and we want to see all of it. By default the monitor passes refreshes over while it has spent 2 % of the time.
 
 # %%

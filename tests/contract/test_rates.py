@@ -1,5 +1,7 @@
 """Learning rates that change: schedules, callables, callbacks, in graphs that were traced at another rate."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -111,3 +113,21 @@ def test_the_kl_bound_uses_the_rate_of_the_step():
     assert scales[0] < 1 and scales[1] == 1
     model.fit(*_rows(batches), batch_size=10, shuffle=False, verbose=0)
     assert_steps(matrices(model), weights, start, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({}, True), ({"weight_decay": 0.1}, False), ({"learning_rate": 0.1}, False)]
+)
+def test_a_rate_that_nothing_trains_at_is_told_once(options, told):
+    """Weight decay is at the rate that is set, also where every step is fitted."""
+    x, y = problem()
+    model = compiled(tanh_network(), KPSVD(**options), run_eagerly=False)
+    schedule = keras.callbacks.LearningRateScheduler(lambda *_: 0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(x, y, batch_size=10, epochs=3, verbose=0)
+        assert not [one for one in caught if "learning_rate" in str(one.message)]
+        model.fit(x, y, batch_size=10, epochs=3, verbose=0, callbacks=[schedule])
+    messages = [str(one.message) for one in caught if "has no effect" in str(one.message)]
+    assert len(messages) == told
+    assert all("ReduceLROnPlateau and LearningRateScheduler" in message for message in messages)

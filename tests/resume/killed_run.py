@@ -6,7 +6,8 @@ import keras
 import numpy as np
 
 from keras_kpsvd import KPSVD
-from tests.resume.runs import INTERVALS, batches_left, counter, data, everything, fit, mend_backup, network
+from keras_kpsvd.callbacks import mend_backup
+from tests.resume.runs import INTERVALS, batches_left, counter, data, everything, fit, network
 
 BATCHES, BATCH = 260, 16
 ACCUMULATED = 2

@@ -1,9 +1,7 @@
 """Tiny runs that are interrupted, restored and compared bit for bit; everything here is what a user could write."""
 
 import contextlib
-import json
 import pathlib
-import shutil
 
 import h5py
 import keras
@@ -106,43 +104,6 @@ def batches_left(model, x, y, batch=BATCH):
 
     signature = tuple(tf.TensorSpec((batch, one.shape[1]), one.dtype) for one in (x, y))
     return tf.data.Dataset.from_generator(generate, output_signature=signature)
-
-
-def is_whole(path):
-    """Whether a weights file was written to its end.
-
-    HDF5 writes its tables when the file is closed and its header last of all: a file torn before that either does not
-    open (OSError) or opens and cannot be listed (KeyError or RuntimeError), but never looks like a smaller whole one.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(lambda name, item: None)
-    except (OSError, KeyError, RuntimeError):
-        return False
-    return True
-
-
-def mend_backup(directory):
-    """Makes a folder of `BackupAndRestore(double_checkpoint=True)` usable again after a kill in the middle of a write.
-
-    Keras writes its files in place. It falls back on the previous weights by itself where the last ones do not open,
-    but not where they open and cannot be read, nor where its JSON file is torn, nor when the very first write was.
-    """
-    latest = pathlib.Path(directory) / "latest.weights.h5"
-    previous = latest.with_name(latest.name + ".bkp")
-    if latest.exists() and not is_whole(latest):
-        if previous.exists() and is_whole(previous):
-            copy = latest.with_name("mended")
-            shutil.copy(previous, copy)
-            copy.replace(latest)
-        else:
-            latest.unlink()
-    metadata = latest.with_name("training_metadata.json")
-    if metadata.exists():
-        try:
-            json.loads(metadata.read_text())
-        except ValueError:
-            metadata.unlink()
 
 
 def torn_states(good, scratch):

@@ -50,6 +50,25 @@ def test_a_model_loaded_from_a_keras_file_goes_on_in_the_same_bits(tmp_path, met
     _goes_on_from_a_keras_file(tmp_path / "half.keras", method)
 
 
+@pytest.mark.parametrize("excluded", ["by name", "by variable"])
+def test_what_is_excluded_from_weight_decay_still_is_once_loaded_from_a_keras_file(tmp_path, excluded):
+    """Twice: what was loaded can be saved and loaded again."""
+    x, y = data()
+    model = network(KPSVD(seed=5, weight_decay=0.1, **INTERVALS))
+    variables = model.trainable_variables[:1]
+    model.optimizer.exclude_from_weight_decay(
+        **({"var_names": ["bias"]} if excluded == "by name" else {"var_list": variables})
+    )
+    fit(model, x, y, 0, BATCHES, callbacks=[At(SAVED_AT, lambda model: model.save(tmp_path / "once.keras"))])
+    keras.models.load_model(tmp_path / "once.keras").save(tmp_path / "twice.keras")
+    loaded = keras.models.load_model(tmp_path / "twice.keras")
+    fit(loaded, x, y, SAVED_AT, BATCHES)
+    assert_bitwise(everything(loaded), everything(model))
+    anew = keras.models.load_model(tmp_path / "once.keras", compile=False)
+    anew.compile(KPSVD(seed=5, weight_decay=0.1, **INTERVALS), "mse")
+    assert "excluded_from_weight_decay" not in anew.optimizer.get_config()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_deeper_model_loaded_from_a_keras_file_goes_on_in_the_same_bits(tmp_path, method):

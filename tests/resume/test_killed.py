@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_kpsvd import KPSVD
+from keras_kpsvd.callbacks import is_whole, mend_backup
 from tests.resume import killed_run
 from tests.resume.runs import (
     BATCHES,
@@ -19,8 +20,6 @@ from tests.resume.runs import (
     data,
     everything,
     fit,
-    is_whole,
-    mend_backup,
     network,
     torn_states,
 )

@@ -40,9 +40,12 @@ def test_a_weights_file_of_other_optimizer_variables_is_refused_and_live_state_s
     _filled(1, **OTHERS[other]).save_weights(tmp_path / "other.weights.h5")
     live = _filled(2, method="lanczos")
     before = _optimizer(live)
-    with pytest.raises(ValueError, match="saved state does not belong to optimizer"):
+    with pytest.raises(ValueError, match="saved state does not belong to optimizer") as refusal:
         live.load_weights(tmp_path / "other.weights.h5")
     assert_bitwise(_optimizer(live), before)
+    # Keras loads layers before it asks the optimizer; the message says so.
+    assert "weights of the model, which Keras loads first, are the file's" in str(refusal.value)
+    assert all((variable.numpy() == 1).all() for variable in live.trainable_variables)
 
 
 @pytest.mark.parametrize(
