@@ -70,6 +70,8 @@ def size(variables: list[keras.Variable]) -> int:
 
 def part_of(variable: keras.Variable) -> str:
     """Which of `PARTS` a variable of KPSVD belongs to, or "other"."""
+    if variable.name.startswith("model_"):  # The kept quadratic model of the step.
+        return "other"
     kind = variable.name.rpartition("_")[2]
     if kind == "momentum":
         return "momentum"

@@ -52,3 +52,23 @@ def started(monkeypatch):
     monkeypatch.setattr(execution, "_start", start)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     return started
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The quick scale with two problems' comparison of three contestants, two settings each, and two seeds."""
+    import plans
+
+    sizes = {"digits": plans.Size(96, 32, 2, seeds=2), "narrow": plans.Size(96, 32, 1, seeds=1)}
+    ablation = {"digits": plans.Size(96, 32, 2, seeds=1)}
+    errors = {"digits": plans.Size(96, 32, 2, 1)}
+    scale = plans.Scale(2, sizes, errors, ablation, methods=("kfac",), further=("kfac",))
+    monkeypatch.setitem(plans.SCALES, "quick", scale)
+    few = {name: plans.CONTESTANTS[name] for name in ("adam", "kfac")}
+    monkeypatch.setattr(plans, "CONTESTANTS", few)
+
+
+def main_of_reproduce(path, command, *arguments):
+    from reproduce import main
+
+    return main([command, "--quick", "--results", str(path), *arguments])
