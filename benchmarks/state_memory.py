@@ -70,7 +70,7 @@ def size(variables: list[keras.Variable]) -> int:
 
 def part_of(variable: keras.Variable) -> str:
     """Which of `PARTS` a variable of KPSVD belongs to, or "other"."""
-    if variable.name.startswith("model_"):  # The kept quadratic model of the step.
+    if variable.name.startswith(("model_", "next_")):  # Of the step and of its intervals, not of a layer.
         return "other"
     kind = variable.name.rpartition("_")[2]
     if kind == "momentum":
