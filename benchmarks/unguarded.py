@@ -124,10 +124,10 @@ GUARDS: dict[str, tuple[str, list[Replacement]]] = {
         [*trusting(natural_gradient), (optimizer_module, "tf", Folding())],
     ),
     "factors": (
-        "samples and new factors are finite, else the old ones stay",
+        "samples and new factors are finite, and exact triples exact, else the old ones stay",
         [
             *trusting(reduction),
-            (state, "_refresh", _while_tracing(state._refresh, trusting(state))),
+            (state, "_refresh", _while_tracing(state._refresh, [*trusting(state), (state, "_are_exact", passes)])),
         ],
     ),
     "probes": (

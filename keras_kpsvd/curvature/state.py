@@ -284,13 +284,18 @@ def _batch_terms(
     operator = batch.compressed().operator()
     if operator.positions == 1:
         terms, residuals = operator_terms(operator, batch.base, method, symmetric=True, route="gram")
-        return terms, tf.reduce_all(residuals[0] <= TRIPLE_TOLERANCE)
+        return terms, _are_exact(residuals)
     starts = tf.stack([g for _, g in (old[1:] if method == "kfac_corrected" else old)])
     steps = tf.where(count > 0, WARM_STEPS, COLD_STEPS)
     terms, _ = operator_terms(
         operator, batch.base, method, symmetric=True, route="power", start=starts, max_steps=steps
     )
     return terms, tf.constant(True)  # Not meant to converge.
+
+
+def _are_exact(residuals: tf.Tensor) -> tf.Tensor:
+    """Whether triples with these residuals may be trusted, as far as the first one tells."""
+    return tf.reduce_all(residuals[0] <= TRIPLE_TOLERANCE)
 
 
 def _invert(
