@@ -107,21 +107,35 @@ class SavesExactly:
     """Mixed into a Keras optimizer with an attribute `method`: its state is restored whole or refused."""
 
     _saved: SavedState | None = None
-    _excluded: Mapping[str, list[str]] = types.MappingProxyType({})
+    _excluded: Mapping[str, list] = types.MappingProxyType({})
 
     def exclude_from_weight_decay(
         self, var_list: list[keras.Variable] | None = None, var_names: list[str] | None = None
     ) -> None:
         """As in every Keras optimizer; unlike theirs, ours is still excluded from after a `.keras` file was loaded."""
         super().exclude_from_weight_decay(var_list, var_names)
-        paths = sorted({variable.path for variable in var_list or ()})
-        self._excluded = {"paths": paths, "names": sorted(set(var_names or ()))}
+        paths = [variable.path for variable in var_list or ()]
+        self._excluded = {"paths": paths, "places": [], "names": sorted(set(var_names or ()))}
 
     def _exclude_again(self, variables: list[keras.Variable]) -> None:
-        """Finds what was excluded among `variables`, which those of a loaded model are by their paths only."""
-        if self._excluded:
-            same = [variable for variable in variables if variable.path in self._excluded["paths"]]
-            super().exclude_from_weight_decay(same, self._excluded["names"])
+        """Finds what was excluded among `variables`, which are others in a loaded model.
+
+        By their places, which are known once an optimizer was built and hold as long as the names there agree, else by
+        their paths, whose first parts Keras may leave out of a loaded model's.
+        """
+        if not self._excluded:
+            return
+        paths, places, names = (list(self._excluded[key]) for key in ("paths", "places", "names"))
+        ends = [path.rpartition("/")[2] for path in paths]
+        if [variables[place].name for place in places if place < len(variables)] != ends:
+            places = [
+                place
+                for place, variable in enumerate(variables)
+                for path in paths
+                if f"/{variable.path}".endswith(f"/{path}") or f"/{path}".endswith(f"/{variable.path}")
+            ]
+        self._excluded = {"paths": paths, "places": places, "names": names}
+        super().exclude_from_weight_decay([variables[place] for place in places], names)
 
     def get_config(self) -> dict[str, Any]:
         """Keras's, with what is excluded from weight decay where anything is."""

@@ -101,6 +101,7 @@ def test_with_the_adaptive_rate_the_scale_is_the_trusted_part():
     assert record["rate"] == pytest.approx(-expected[0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "method", "arguments"),
     [
@@ -120,6 +121,7 @@ def test_training_and_what_is_saved_are_the_same_to_the_last_bit(build, method, 
     assert plain.optimizer.get_config() == watched.optimizer.get_config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_resumed_with_a_monitor_is_the_run_without_one(before, tmp_path):
     """Saved with or without a monitor, the file is the same, and what goes on from it is."""
@@ -141,6 +143,7 @@ def _traced(model):
     return calls
 
 
+@pytest.mark.slow
 def test_a_model_trained_before_is_traced_once_more_and_then_no_more():
     model = dense()
     calls = _traced(model)

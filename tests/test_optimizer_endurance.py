@@ -262,6 +262,7 @@ def test_an_exception_in_a_callback_leaves_whole_steps_and_training_goes_on(eage
     assert_same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False])
 def test_ctrl_c_at_any_moment_leaves_whole_steps(eager):
     """The states after every step are known; an interrupted run must be at one of them, and goes on from there."""

@@ -270,6 +270,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_stock_fit_with_the_defaults_ends_far_below_what_sgd_reaches(kind):
     x, y = _data(rows=64)

@@ -81,6 +81,7 @@ def test_a_model_that_was_trained_before_is_traced_once_as_well(proposals, tmp_p
         assert int(one.optimizer.iterations) == 1 + (one is loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "kpsvd", "kfac_corrected"])
 def test_layers_of_all_sizes_share_their_decompositions(method):
     """One graph for refreshes, one for inversions of each pair of whole and truncated factors, traced once each."""

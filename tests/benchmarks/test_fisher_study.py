@@ -174,6 +174,7 @@ def _states(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "lanczos"])
 def test_training_goes_on_bitwise_as_without_the_study(method):
     import fisher_study

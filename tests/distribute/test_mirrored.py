@@ -124,6 +124,7 @@ def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, monkeypat
         assert sorted(calls, key=min) == [{0}, {1}]
 
 
+@pytest.mark.slow
 def test_convolutions_classes_and_sample_weights_are_those_of_one_device(strategy):
     rng = np.random.default_rng(0)
     x, y, weights = rng.normal(size=(24, 6, 6, 1)).astype("float32"), rng.integers(0, 3, 24), rng.random(24)
@@ -136,6 +137,7 @@ def test_convolutions_classes_and_sample_weights_are_those_of_one_device(strateg
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_several_outputs_are_those_of_one_device(strategy, fisher):
     x, y = problem(rows=24, dtype="float32")
@@ -204,6 +206,7 @@ def test_factors_of_an_uneven_batch_are_those_of_one_device(strategy, fisher):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_has_curvature_on_every_device(strategy, policy):
     """The step of float16 is traced by other threads than the forward pass. (Conjugate gradients would multiply the
@@ -250,6 +253,7 @@ def test_nan_on_one_device_skips_the_step_on_both(strategy, row):
     _assert_replicas_agree(model)
 
 
+@pytest.mark.slow
 def test_a_run_saved_under_the_strategy_goes_on_bit_for_bit(strategy, tmp_path):
     x, y = problem(rows=40, dtype="float32")
     model, _ = _fitted(strategy, _network, lambda: KPSVD(**OFTEN, method="kfac_corrected"), x, y, epochs=1)

@@ -10,6 +10,7 @@ from keras_kpsvd.curvature.observation import QUANTITIES
 from tests.networks import assert_same, problem, state, tanh_network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(("method", "fisher"), [("kfac", "exact"), ("kfac_corrected", "sampled")])
 def test_two_devices_see_what_one_sees(strategy, method, fisher, eager):

@@ -97,6 +97,7 @@ def test_a_damped_two_term_preconditioner_is_positive_definite_in_single_precisi
     _assert_positive_definite(_preconditioned(history, "float32")[0], 1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **SETTINGS)
 @given(_histories([(5, 4), (3, 6)], methods=["deflation", "lanczos"], positions=(3,)))
 def test_the_averaged_first_term_of_the_svd_methods_stays_positive_semidefinite(history):

@@ -228,6 +228,7 @@ def _run(actions, **case):
         session.do(*action)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite(actions, **case):

@@ -64,6 +64,11 @@ def test_what_is_excluded_from_weight_decay_still_is_once_loaded_from_a_keras_fi
     loaded = keras.models.load_model(tmp_path / "twice.keras")
     fit(loaded, x, y, SAVED_AT, BATCHES)
     assert_bitwise(everything(loaded), everything(model))
+    never_built = network(KPSVD(seed=5, weight_decay=0.1, **INTERVALS))
+    never_built.optimizer.exclude_from_weight_decay(var_list=never_built.trainable_variables[2:3])
+    never_built.save(tmp_path / "never.keras")
+    optimizer = keras.models.load_model(tmp_path / "never.keras").optimizer
+    assert optimizer.get_config()["excluded_from_weight_decay"]["places"] == [2]
     anew = keras.models.load_model(tmp_path / "once.keras", compile=False)
     anew.compile(KPSVD(seed=5, weight_decay=0.1, **INTERVALS), "mse")
     assert "excluded_from_weight_decay" not in anew.optimizer.get_config()
@@ -86,6 +91,7 @@ def test_a_half_precision_model_loaded_from_a_keras_file_goes_on_in_the_same_bit
     assert_bitwise(everything(loaded), everything(model))
 
 
+@pytest.mark.slow
 def test_a_new_model_goes_on_from_what_model_checkpoint_saved_in_the_middle_of_an_epoch(tmp_path):
     """From the whole model, and from its weights once the new optimizer is built."""
     x, y = data()

@@ -96,6 +96,7 @@ def test_a_run_with_a_schedule_goes_on_in_the_same_bits(tmp_path):
     _goes_on_in_the_same_bits(KPSVD(_decaying(), method="kfac", **INTERVALS), tmp_path / "state.weights.h5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16"])
 def test_a_run_in_mixed_precision_goes_on_in_the_same_bits(tmp_path, name):
     with policy(name):
