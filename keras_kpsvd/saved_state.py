@@ -108,34 +108,40 @@ class SavesExactly:
 
     _saved: SavedState | None = None
     _excluded: Mapping[str, list] = types.MappingProxyType({})
+    _excluded_keys: frozenset = frozenset()
 
     def exclude_from_weight_decay(
         self, var_list: list[keras.Variable] | None = None, var_names: list[str] | None = None
     ) -> None:
         """As in every Keras optimizer; unlike theirs, ours is still excluded from after a `.keras` file was loaded."""
         super().exclude_from_weight_decay(var_list, var_names)
+        self._excluded_keys = frozenset(self._var_key(variable) for variable in var_list or ())
         paths = [variable.path for variable in var_list or ()]
         self._excluded = {"paths": paths, "places": [], "names": sorted(set(var_names or ()))}
 
     def _exclude_again(self, variables: list[keras.Variable]) -> None:
-        """Finds what was excluded among `variables`, which are others in a loaded model.
+        """Notes where among `variables` those are that were excluded, and excludes the ones of a loaded model.
 
-        By their places, which are known once an optimizer was built and hold as long as the names there agree, else by
-        their paths, whose first parts Keras may leave out of a loaded model's.
+        Those are others. They are found by their places, which are known once an optimizer was built and hold as long
+        as the names there agree, else by their paths, whose first parts Keras may leave out of a loaded model's: of a
+        model that was saved before its optimizer was built, all variables whose paths end alike are excluded.
         """
         if not self._excluded:
             return
         paths, places, names = (list(self._excluded[key]) for key in ("paths", "places", "names"))
         ends = [path.rpartition("/")[2] for path in paths]
-        if [variables[place].name for place in places if place < len(variables)] != ends:
-            places = [
+        if self._excluded_keys:
+            places = [place for place, one in enumerate(variables) if self._var_key(one) in self._excluded_keys]
+        elif not places or [variables[place].name for place in places if place < len(variables)] != ends:
+            same = [place for place, one in enumerate(variables) if one.path in paths]
+            places = same or [
                 place
-                for place, variable in enumerate(variables)
-                for path in paths
-                if f"/{variable.path}".endswith(f"/{path}") or f"/{path}".endswith(f"/{variable.path}")
+                for place, one in enumerate(variables)
+                if any(f"/{one.path}".endswith(f"/{p}") or f"/{p}".endswith(f"/{one.path}") for p in paths)
             ]
-        self._excluded = {"paths": paths, "places": places, "names": names}
-        super().exclude_from_weight_decay([variables[place] for place in places], names)
+        found = [variables[place] for place in places]
+        self._excluded = {"paths": [one.path for one in found], "places": places, "names": names}
+        super().exclude_from_weight_decay(found, names)
 
     def get_config(self) -> dict[str, Any]:
         """Keras's, with what is excluded from weight decay where anything is."""

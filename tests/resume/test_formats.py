@@ -74,6 +74,20 @@ def test_what_is_excluded_from_weight_decay_still_is_once_loaded_from_a_keras_fi
     assert "excluded_from_weight_decay" not in anew.optimizer.get_config()
 
 
+def test_of_variables_whose_paths_end_alike_only_the_excluded_ones_are(tmp_path):
+    """Found again in whatever order they were given, live and loaded."""
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="out")], name="inner")
+    model = keras.Sequential([keras.Input((4,)), inner, keras.layers.Dense(2, name="out")], name="outer")
+    optimizer = KPSVD(seed=5, weight_decay=0.1)
+    excluded = model.layers[-1].trainable_variables
+    optimizer.exclude_from_weight_decay(var_list=excluded[::-1])
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "built.keras")
+    for one in (model, keras.models.load_model(tmp_path / "built.keras")):
+        assert one.optimizer.get_config()["excluded_from_weight_decay"]["places"] == [2, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_deeper_model_loaded_from_a_keras_file_goes_on_in_the_same_bits(tmp_path, method):
