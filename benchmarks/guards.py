@@ -33,6 +33,7 @@ import tensorflow as tf
 from measurements import write
 from problems import PROBLEMS
 from runs import cores
+from traced_step import TracedStep
 from unguarded import GUARDS, without
 
 from keras_kpsvd import KPSVD
@@ -104,53 +105,22 @@ class Observation:
     exact_fits: list[bool]
 
 
-class Trainer:
-    """A model, its optimizer and its traced step.
+class Trainer(TracedStep):
+    """The step of a network without some of its guards.
 
     Args:
         of: the network.
         removed: guards that the step does not have.
-
-    Attributes:
-        first_seconds: of tracing and of the first step, which TensorFlow spends on optimising the graph.
     """
 
     def __init__(self, of: Network, removed: Iterable[str]):
         with without(removed):
-            self.model = of.build()
-            self.optimizer = KPSVD(method=of.method, seed=0, **STEPS[of.step])
-            self.model.compile(optimizer=self.optimizer, loss=of.loss)
-            self.optimizer.build(self.model.trainable_variables)
-            rng = np.random.default_rng(0)
-            x = rng.random((of.batch, *self.model.input_shape[1:]), np.float32)
-            y = x if of.classes is None else rng.integers(of.classes, size=of.batch)
-            self.batch = tf.constant(x), tf.constant(y)
-            step = tf.function(lambda x, y: self.model.train_step((x, y)), autograph=False)
-            began = time.perf_counter()
-            self.step = step.get_concrete_function(*self.batch)
-        self.variables = [*self.model.trainable_variables, *self.model.non_trainable_variables]
-        self.variables += self.optimizer.variables
-        self.run(1)
-        self.first_seconds = time.perf_counter() - began
-
-    def state(self) -> list[tf.Tensor]:
-        """All weights and all of the optimizer's state."""
-        return [tf.identity(variable.value) for variable in self.variables]
-
-    def restore(self, values: list[tf.Tensor]) -> None:
-        """The inverse of `state`, of any trainer of the same network."""
-        for variable, value in zip(self.variables, values, strict=True):
-            variable.assign(value)
+            optimizer = KPSVD(method=of.method, seed=0, **STEPS[of.step])
+            super().__init__(of.build(), optimizer, of.loss, of.batch, of.classes)
 
     def weights(self) -> list[np.ndarray]:
         """Of the model."""
         return [variable.numpy() for variable in self.model.trainable_variables]
-
-    def run(self, steps: int) -> float:
-        """Takes steps on the one batch; the last loss, which a device that runs ahead has to be waited for."""
-        for _ in range(steps):
-            logs = self.step(*self.batch)
-        return float(logs["loss"])
 
     def observe(self, start: list[tf.Tensor], steps: int) -> Observation:
         """What a block from the state `start` does; also what makes later blocks warm ones."""

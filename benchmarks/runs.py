@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contestants import OPTIMIZERS, make_optimizer
+from contestants import METHODS, OPTIMIZERS, make_optimizer
 from problems import PROBLEMS, Recorder
 
 SEARCH_SEED = 0  # the settings of a grid are compared on this seed
@@ -182,6 +182,19 @@ def check_row(row: Row) -> None:
     lengths = {len(row[name]) for name in _SERIES}
     if len(lengths) > 1 or (row["status"] == "finished" and (lengths == {0} or best_loss(row["losses"]) is None)):
         raise ValueError("no row")
+    for of_layer in row.get("fisher") or []:
+        _check_study(of_layer)
+
+
+def _check_study(row: Row) -> None:
+    """`check_row` of a row of `fisher_study.measure`."""
+    known = [row["share_of_two"], *(row["errors"][method][f"error_{kind}"] for method in METHODS for kind in (1, 2))]
+    counts = [type(row[name]) is int for name in ("epoch", "d_in", "d_out")]
+    numbers = [type(value) in (int, float) for value in row["singular_values"]]
+    if not all([isinstance(row["layer"], str), *counts, *numbers]):
+        raise TypeError("no row")
+    if any(type(value) not in (int, float, type(None)) for value in known):
+        raise TypeError("no row")
 
 
 def empty_row(run: Run, status: str, reason: str | None = None) -> Row:

@@ -14,6 +14,7 @@ from keras_kpsvd import KPSVD, KPSVDDense
 from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.curvature.failures import MAX_FAILURES
+from keras_kpsvd.linalg import pack
 from keras_kpsvd.tracing import graph_function
 from tests import reference
 from tests.networks import assert_same, assert_told_once, compiled, matrices, problem, state, tanh_network, variable
@@ -182,9 +183,9 @@ def test_extreme_factors_leave_a_descent_direction_or_the_layer_falls_back(extre
     model = compiled(_network(), KPSVD(method=method, seed=0, **options), run_eagerly=eager)
     model.train_on_batch(x, y)
     for block in model.optimizer._blocks:
-        for factors in block.blocks[0].factors:
-            for factor in factors:
-                factor.assign(EXTREMES[extreme](factor.shape[0]))
+        rows = [factor.shape[0] for pair in block.blocks[0].factors for factor in pair]
+        for kept, size in zip(block.blocks[0].refresh_targets, rows, strict=False):
+            kept.assign(pack(tf.constant(EXTREMES[extreme](size))))
     start = [model.train_on_batch(x, y) for _ in range(4)]
     assert all(np.isfinite(one).all() for one in state(model).values())
     assert np.isfinite(start).all() and start[-1] <= start[0]

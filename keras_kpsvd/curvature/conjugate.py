@@ -58,7 +58,7 @@ def conjugate_direction(
     for head, tangent in zip(joint.heads(), last, strict=True):
         whole += likelihoods.fisher_inner(head, [tangent], seed)[0, 0]
     remaining = whole
-    directions, tangents, lengths, overlaps = [], [], [], []
+    directions, tangents, lengths, overlaps, descents = [], [], [], [], []
     for number in range(steps):
         directions.append(along)
         tangents.append(changes_of_outputs(joint, along))
@@ -73,7 +73,8 @@ def conjugate_direction(
         overlaps.append(tf.math.divide_no_nan(mixed, curvature))
         # What is left of `δ₀` once it is made conjugate to this direction as well.
         remaining -= overlaps[-1] * mixed
-        remaining_slope -= overlaps[-1] * inner(gradients, along)
+        descents.append(inner(gradients, along) if number else slope)
+        remaining_slope -= overlaps[-1] * descents[-1]
         if number + 1 == steps:
             break
         image = _plus(fisher_product(joint, list(residual), tangents[-1], seed), scaled(along, damping))
@@ -81,7 +82,6 @@ def conjugate_direction(
         preconditioned = precondition(residual)
         before, slope = slope, inner(residual, preconditioned)
         along = _plus(preconditioned, scaled(along, tf.math.divide_no_nan(slope, before)))
-    descents = [inner(gradients, one) for one in directions]
     momentum = tf.clip_by_value(tf.math.divide_no_nan(-remaining_slope, remaining), 0.0, largest_momentum)
     lengths, overlaps, descents = tf.stack(lengths), tf.stack(overlaps), tf.stack(descents)
     # Of a `δ₀` that lies in the Krylov space already, rounding is all that remains.

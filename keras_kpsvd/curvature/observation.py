@@ -186,8 +186,7 @@ def observe_layer(layer: LayerCurvature, calls: list[LayerCall], rows: tf.Tensor
     used = [LayerCall(*(_first_examples(values, examples, repeats) for values in call)) for call in calls]
     observed = []
     for block, batch in zip(layer.blocks, reduce_calls(layer.layer, used, base=False, svd=True), strict=True):
-        terms = [tuple(tf.convert_to_tensor(factor) for factor in pair) for pair in block.factors]
-        observed.append(observe_samples(batch, terms))
+        observed.append(observe_samples(batch, block.factors))
     return tf.stack(observed)
 
 

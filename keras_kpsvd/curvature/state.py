@@ -24,6 +24,10 @@ from keras_kpsvd.linalg import (
     factor_damping,
     invert_one_term,
     one_term_and_correction,
+    pack,
+    packed_size,
+    rows_of,
+    unpack,
 )
 from keras_kpsvd.tracing import traced_once
 
@@ -81,7 +85,7 @@ class BlockCurvature:
 
         self.two_term = options.method in TWO_TERM_METHODS
         names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
-        self.factors = [(add((d_in, d_in), a), add((d_out, d_out), g)) for a, g in names]
+        self._packed = [(add((packed_size(d_in),), a), add((packed_size(d_out),), g)) for a, g in names]
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
         self._inverses = []
         for side, size in (("A", d_in), ("G", d_out)):
@@ -101,6 +105,15 @@ class BlockCurvature:
                 add((r_out,), "s2"),
             ]
 
+    @property
+    def factors(self) -> list[Pair]:
+        """`(A, G)`, then `(P, Q)` of a second term, as tensors `[d, d]`; kept as their lower triangles."""
+        return list(_unpacked(self._terms()))
+
+    def _terms(self) -> tuple[Pair, ...]:
+        """The same, packed."""
+        return tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self._packed)
+
     def refresh(self, batch: BatchCurvature) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The averaged factors with one more batch in them, and whether they are good.
 
@@ -108,8 +121,7 @@ class BlockCurvature:
             The next values of `refresh_targets`, the old ones where anything was not finite or triples that should be
             exact are not, and a scalar boolean.
         """
-        old = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
-        count = tf.convert_to_tensor(self.count)
+        old, count = self._terms(), tf.convert_to_tensor(self.count)
         try:
             return traced_once(_refresh, self.options, batch, old, count, sizes_matter=batch.sums_over_positions)
         except tf.errors.OpError:  # As in `invert`.
@@ -118,7 +130,7 @@ class BlockCurvature:
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
-        return [*_flatten(self.factors), self.count]
+        return [*_flatten(self._packed), self.count]
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
@@ -137,7 +149,7 @@ class BlockCurvature:
             The next values of `preconditioner`, the old ones where the decomposition failed or its result does not
             reproduce a probe vector, and a scalar boolean. Without factors yet the old values are good.
         """
-        terms = tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self.factors)
+        terms = self._terms()
         second = [tf.convert_to_tensor(variable) for variable in self._second]
         old = (*self.inverses(), *second)
         try:
@@ -149,7 +161,7 @@ class BlockCurvature:
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
         inverses = self.inverses()
-        matrix = tf.cast(matrix, self.factors[0][0].dtype)
+        matrix = tf.cast(matrix, self._packed[0][0].dtype)
         if self.two_term:
             second = [tf.convert_to_tensor(variable) for variable in self._second]
             return apply_corrected(*inverses, *second, matrix, indefinite=self.options.indefinite)
@@ -254,6 +266,7 @@ def _refresh(
     options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     batch, finite = batch.finite_or_zero()
+    packed, old = old, _unpacked(old)
     factorwise = options.method in KFAC_METHODS
     batch = batch.with_kfac(base=factorwise)
     new, sound = _batch_terms(options.method, batch, old, count)
@@ -264,9 +277,9 @@ def _refresh(
         part = tf.cast(weight, batch.trace.dtype)
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-    flat_old, flat_new = _flatten(old), _flatten(averaged)
-    good = finite & sound & all_finite(*flat_new)
-    values = [tf.where(good, now, before) for now, before in zip(flat_new, flat_old, strict=True)]
+    new = [pack(factor) for factor in _flatten(averaged)]
+    good = finite & sound & all_finite(*new)
+    values = [tf.where(good, now, before) for now, before in zip(new, _flatten(packed), strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
 
 
@@ -301,6 +314,7 @@ def _are_exact(residuals: tf.Tensor) -> tf.Tensor:
 def _invert(
     options: CurvatureOptions, terms: tuple[Pair, ...], old: tuple, known: tf.Tensor, damping: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
+    terms = _unpacked(terms)
     a, g = terms[0]
     lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), options.damping_rule)
     # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
@@ -325,6 +339,22 @@ def assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> Non
             variable.assign(value)
 
 
+def _unpacked(terms: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    return tuple((_unpacked_one(a), _unpacked_one(g)) for a, g in terms)
+
+
+def _unpack(_: None, packed: tf.Tensor) -> tf.Tensor:
+    return unpack(packed)
+
+
+def _unpacked_one(packed: tf.Tensor) -> tf.Tensor:
+    """Traced once for all: it is called for every factor."""
+    matrix = traced_once(_unpack, None, packed)
+    if packed.shape[0] is not None:
+        matrix.set_shape([rows_of(packed.shape[0])] * 2)
+    return matrix
+
+
 def _flatten(pairs: Any) -> list:
     return [factor for pair in pairs for factor in pair]
 
@@ -334,6 +364,11 @@ def _probe(size: int | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
 
 def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
+    """Whether `inverse` solves with `factor + λI`; see `_reproduces`."""
+    return traced_once(_reproduces, None, inverse, factor, lam)
+
+
+def _reproduces(_: None, inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
     """Whether `inverse` solves with `factor + λI`, to a backward error; a truncated one, within its subspace.
 
     The residual of one probe vector is measured against the sizes that made it (Rigal & Gaches 1967), so that an

@@ -22,6 +22,7 @@ be left at any distance. A step is cut where it moves the logits by more than `M
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -78,15 +79,15 @@ def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head],
         gradients = forward_pass.tape.gradient(
             outputs, [record.preactivation for record in records], output_gradients=cotangents
         )
-        total = tf.constant(0.0)
-        for record, gradient in zip(records, gradients, strict=True):
-            if gradient is None:
-                continue
-            inputs = at_least_float32(record.inputs)
-            values = [tf.cast(value, inputs.dtype) for value in changes[record.layer]]
-            change = record.layer.linear_map(inputs, *values)
-            total += tf.cast(tf.reduce_sum(tf.cast(gradient, change.dtype) * change), tf.float32)
-    tangents = linear.gradient(total, cotangents)
+    reached = [(record, gradient) for record, gradient in zip(records, gradients, strict=True) if gradient is not None]
+    moved = []
+    for record, gradient in reached:
+        inputs = at_least_float32(record.inputs)
+        values = [tf.cast(value, inputs.dtype) for value in changes[record.layer]]
+        moved.append(tf.cast(record.layer.linear_map(inputs, *values), gradient.dtype))
+    tangents = [None] * len(outputs)
+    if reached:
+        tangents = linear.gradient([gradient for _, gradient in reached], cotangents, output_gradients=moved)
     return [
         tf.zeros_like(output) if tangent is None else tangent for tangent, output in zip(tangents, outputs, strict=True)
     ]
@@ -129,15 +130,20 @@ def quadratic_model(
     of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
-    lengths = tf.stack([tf.stack([inner(one, other) for other in directions]) for one in directions])
+    places = range(len(directions))
+    pairs = {(at, to): inner(directions[at], directions[to]) for at in places for to in places if at <= to}
+    lengths = tf.stack([tf.stack([pairs[min(at, to), max(at, to)] for to in places]) for at in places])
     curvature = tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
     return QuadraticModel(curvature, [change for change in changes if change is not None])
 
 
 def inner(one: Direction, other: Direction) -> tf.Tensor:
     """The Euclidean inner product of two directions, float32 scalar."""
+    axes = functools.cache(
+        lambda rank: tf.constant([*range(rank)])
+    )  # Left out, it would be a constant of its own for each sum.
     products = [
-        tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype)), tf.float32)
+        tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
         for layer, values in one.items()
         for value, of_other in zip(values, other[layer], strict=True)
     ]

@@ -17,7 +17,15 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kpsvd.layers.recording import MAX_BLOCKS, RecordingLayer, at_least_float32, merge_positions, with_ones
+from keras_kpsvd.layers.recording import (
+    MAX_BLOCKS,
+    RecordingLayer,
+    at_least_float32,
+    merge_positions,
+    with_bias_row,
+    with_ones,
+    without_bias_row,
+)
 
 
 class _RecordingConvolution(RecordingLayer):
@@ -97,7 +105,7 @@ class _RecordingConvolution(RecordingLayer):
         """The kernel as `[∏ kernel_size · channels / groups, filters]`, the bias as its last row, split into groups."""
         matrix = tf.reshape(values[0], [-1, self.filters])
         if self.bias is not None:
-            matrix = tf.concat([matrix, values[1][None, :]], axis=0)
+            matrix = with_bias_row(matrix, values[1])
         return tf.split(matrix, self.groups, axis=1)
 
     def from_matrices(self, matrices: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -105,7 +113,8 @@ class _RecordingConvolution(RecordingLayer):
         matrix = tf.concat(matrices, axis=1)
         if self.bias is None:
             return [tf.reshape(matrix, self._kernel.shape)]
-        return [tf.reshape(matrix[:-1], self._kernel.shape), matrix[-1]]
+        kernel, bias = without_bias_row(matrix)
+        return [tf.reshape(kernel, self._kernel.shape), bias]
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")

@@ -8,7 +8,14 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_kpsvd.layers.recording import RecordingLayer, at_least_float32, merge_positions, with_ones
+from keras_kpsvd.layers.recording import (
+    RecordingLayer,
+    at_least_float32,
+    merge_positions,
+    with_bias_row,
+    with_ones,
+    without_bias_row,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd", name="KPSVDDense")
@@ -71,9 +78,9 @@ class KPSVDDense(RecordingLayer, keras.layers.Dense):
 
     def to_matrices(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
         """`[kernel]` or `[kernel, bias]` as one matrix, the bias as its last row."""
-        return [values[0] if self.bias is None else tf.concat([values[0], values[1][None, :]], axis=0)]
+        return [values[0] if self.bias is None else with_bias_row(*values)]
 
     def from_matrices(self, matrices: list[tf.Tensor]) -> list[tf.Tensor]:
         """The inverse of `to_matrices`."""
         (matrix,) = matrices
-        return [matrix] if self.bias is None else [matrix[:-1], matrix[-1]]
+        return [matrix] if self.bias is None else without_bias_row(matrix)

@@ -227,6 +227,17 @@ def with_ones(activations: tf.Tensor) -> tf.Tensor:
     return tf.concat([activations, tf.ones_like(activations[..., :1])], axis=-1)
 
 
+def with_bias_row(kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    """`[d_in, d_out]` and `[d_out]` as one matrix."""
+    return tf.concat([kernel, tf.expand_dims(bias, 0)], axis=0)
+
+
+def without_bias_row(matrix: tf.Tensor) -> list[tf.Tensor]:
+    """The inverse of `with_bias_row`."""
+    kernel, row = tf.split(matrix, [matrix.shape[0] - 1, 1])  # Far fewer operations to trace than slices.
+    return [kernel, tf.reshape(row, [matrix.shape[1]])]
+
+
 def merge_positions(values: tf.Tensor) -> tf.Tensor:
     """`[batch, ..., features]` as `[batch, shared, features]`."""
     if values.shape.rank == 2:

@@ -4,6 +4,7 @@ from .damping import DAMPING_RULES, DampingRule, factor_damping
 from .gram import gram_triples, row_gram, weighted_outer_products
 from .kronecker import KroneckerSum, recompress
 from .lanczos import golub_kahan_lanczos
+from .packed import pack, packed_size, rows_of, unpack
 from .rearrangement import RearrangedFisher, SubtractedTerm
 from .scaling import all_finite, size_of
 from .singular import cheapest_route, leading_triples, power_iteration
@@ -53,11 +54,15 @@ __all__ = [
     "leading_eigenpairs",
     "leading_triples",
     "one_term_and_correction",
+    "pack",
+    "packed_size",
     "power_iteration",
     "recompress",
     "row_gram",
+    "rows_of",
     "size_of",
     "truncated_inverse",
     "two_term_denominators",
+    "unpack",
     "weighted_outer_products",
 ]

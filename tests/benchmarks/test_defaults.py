@@ -152,6 +152,29 @@ def test_a_process_that_dies_is_a_row_with_its_last_words(tmp_path):
     assert row["status"] == "failed" and row["reason"] == "exit status 1: no memory" and row["seed"] == 0
 
 
+def _studied(**changed):
+    from contestants import METHODS
+
+    errors = {method: {"error_1": 0.5, "error_2": None} for method in METHODS}
+    whole = {"epoch": 1, "layer": "dense", "d_in": 3, "d_out": 2, "singular_values": [2.0, 1], "share_of_two": None}
+    return {**make_row([1.0]), "fisher": [{**whole, "errors": errors, **changed}]}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"epoch": None}, {"d_in": "3"}, {"layer": 7}, {"share_of_two": "x"}),
+        *({"singular_values": ["x"]}, {"singular_values": None}, {"errors": {}}, {"errors": None}),
+    ],
+)
+def test_a_row_whose_study_of_errors_is_damaged_is_none(changed):
+    from runs import check_row
+
+    check_row(_studied())
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        check_row(_studied(**changed))
+
+
 def test_expected_time_comes_from_the_runs_most_alike():
     from defaults import make_plan
     from execution import expected_seconds

@@ -18,7 +18,7 @@ def test_sizes_are_those_of_the_variables_counted_by_hand(method, monkeypatch):
     monkeypatch.setitem(state_memory.NETWORKS, "one layer", one_layer)
     row = state_memory.measure("one layer", method)
     mib = 2**20 / 4  # of float32
-    factors, preconditioner = 200**2 + 10**2, 200 * 64 + 64 + 1 + 10**2
+    factors, preconditioner = 200 * 201 / 2 + 10 * 11 / 2, 200 * 64 + 64 + 1 + 10**2
     if method == "kfac_corrected":
         factors, preconditioner = 2 * factors, preconditioner + 200 * 64 + 64 + 10**2 + 10
     assert row.parameters == row.momentum == 2000 / mib

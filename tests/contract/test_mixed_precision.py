@@ -109,7 +109,7 @@ def test_statistics_of_half_precision_are_summed_in_float32(policy):
     model.compile(optimizer, "mse")
     assert isinstance(model.optimizer, LossScaleOptimizer) == (policy == "mixed_float16")
     model.fit(x, y, batch_size=400, shuffle=False, verbose=0)
-    factor = next(v for v in optimizer.variables if v.name.endswith("_A"))
+    (factor, _), *_ = optimizer._blocks[0].blocks[0].factors
     inputs = np.concatenate([_half(x, policy), np.ones((400, 1))], axis=1)
     assert factor.dtype == "float32"
     np.testing.assert_allclose(factor.numpy() / factor.numpy()[-1, -1], inputs.T @ inputs / 400, rtol=1e-5)

@@ -9,7 +9,7 @@ from keras_kpsvd import KPSVDConv2D, KPSVDDense
 from keras_kpsvd.curvature.observation import block_names, extreme_eigenvalues, observe_layer, observe_samples
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
 from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
-from keras_kpsvd.linalg import truncated_inverse
+from keras_kpsvd.linalg import pack, truncated_inverse
 from tests import reference
 
 D_IN, D_OUT = 5, 3
@@ -139,8 +139,8 @@ def test_the_first_examples_of_a_layer_are_observed_with_all_or_none_of_their_sa
     images = np.tile(rng.normal(size=(6, 4, 4, 2 * groups)), (repeats, 1, 1, 1)).astype("float32")
     gradients = rng.normal(size=(6 * repeats, 3, 3, 2 * groups)).astype("float32")
     for block, (a, g) in zip(curvature.blocks, side_by_side(curvature.layer, [_call(images, gradients)]), strict=True):
-        for variable, value in zip(block.factors[0], reference.kfac_factors(a, g), strict=True):
-            variable.assign(value)
+        for variable, value in zip(block.refresh_targets, reference.kfac_factors(a, g), strict=False):
+            variable.assign(pack(tf.constant(value)))
     used = np.concatenate([np.arange(4) + 6 * repeat for repeat in range(repeats)])
     rows = tf.constant(4 * repeats + repeats - 1)  # not enough for a fifth
     observed = observe_layer(curvature, [_call(images, gradients)], rows, repeats).numpy()

@@ -1,0 +1,174 @@
+"""Floating-point operations and bytes of the parts of a step, counted by formula for each layer.
+
+With `n` rows of a batch, `T` positions a row (1 of a dense layer), a block of `d_in × d_out` weights (bias row
+included), and `k` eigenpairs of a truncated factor. A product of `[m, k]` and `[k, n]` takes `2 m k n` operations and
+moves each of the three matrices once; what works entry by entry moves what it reads and writes. All is in float32.
+
+Parts of `kfac`:
+
+- gradient: a product forward, one for the weights' gradient, and but in the first layer one for the inputs'.
+- `Jδ` (`step_control.linearised_outputs`): `ā δ`, and but in the first layer the tangent times the weights.
+- `Jᵀu` (`conjugate.weight_products`): as the gradient without the forward product.
+- preconditioner: of either side the inverse, or its `k` eigenpairs twice.
+- vectors: what a conjugate step does with whole directions; an update of the weights.
+- refresh: the gradient by drawn targets without the weights' part, both second moments, their averages.
+- inversion: two Cholesky factors and a solve, or one step of subspace iteration with Rayleigh–Ritz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+ITEM = 4  # bytes
+
+# Passes over a direction, counted in the code: of a conjugate step two combinations (2 + 4 and 2 + 3) and three inner
+# products (4 each, the product of the two being written); of an update the new velocity, and both assignments.
+CONJUGATE_PASSES, UPDATE_PASSES = 23, 12
+# Of a factor: out of its packed form and into it, the average, and whether all is finite.
+REFRESH_PASSES, UNPACK_PASSES = 16, 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operation takes: floating-point operations, and bytes read and written."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.moved + other.moved)
+
+    def seconds(self, rate: float, bandwidth: float) -> float:
+        """The time it takes at `rate` operations and `bandwidth` bytes a second, whichever is the longer."""
+        return max(self.flops / rate, self.moved / bandwidth)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of an instrumented layer.
+
+    Attributes:
+        name: of the layer.
+        d_in, d_out: of its matrix, bias row included.
+        positions: per example.
+        inputs: entries of an example's inputs.
+        first: whether nothing before it has a gradient.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    positions: int
+    inputs: int
+    first: bool
+
+
+def product(m: float, k: float, n: float) -> Cost:
+    """A matrix product `[m, k] [k, n]`."""
+    return Cost(2 * m * k * n, ITEM * (m * k + k * n + m * n))
+
+
+def passes(entries: float, count: float) -> Cost:
+    """`count` tensors of so many entries read or written, an operation for each."""
+    return Cost(entries * count, ITEM * entries * count)
+
+
+def _with_rows(block: Block, rows: int) -> Cost:
+    """A product of the block's inputs or gradients with its matrix: patches are made in cache and not counted."""
+    at = rows * block.positions
+    weights = block.d_in * block.d_out
+    return Cost(2.0 * at * weights, ITEM * (rows * block.inputs + weights + at * block.d_out))
+
+
+def gradient(block: Block, rows: int) -> list[Cost]:
+    """Forward and backward pass, activation included."""
+    count = 2 if block.first else 3
+    return [*[_with_rows(block, rows)] * count, passes(rows * block.positions * block.d_out, 5)]
+
+
+def tangent(block: Block, rows: int) -> list[Cost]:
+    """`Jδ`."""
+    return [*[_with_rows(block, rows)] * (1 if block.first else 2), passes(rows * block.positions * block.d_out, 5)]
+
+
+def cotangent(block: Block, rows: int) -> list[Cost]:
+    """`Jᵀu`."""
+    return [*[_with_rows(block, rows)] * (1 if block.first else 2), passes(rows * block.positions * block.d_out, 3)]
+
+
+def precondition(block: Block, rank: int) -> list[Cost]:
+    """`A_λ⁻¹ ∇ G_λ⁻¹`."""
+    costs = [passes(block.d_in * block.d_out, 4)]  # The bias row joined to the kernel, and cut off again.
+    for size, other in ((block.d_in, block.d_out), (block.d_out, block.d_in)):
+        if size <= 2 * rank:
+            costs.append(product(size, size, other))
+        else:
+            costs += [product(rank, size, other), product(size, rank, other), passes(size * other, 5)]
+    return costs
+
+
+def conjugate_vectors(block: Block) -> list[Cost]:
+    """What a conjugate step does with directions."""
+    return [passes(block.d_in * block.d_out, CONJUGATE_PASSES)]
+
+
+def update(block: Block) -> list[Cost]:
+    """The step taken, with momentum."""
+    return [passes(block.d_in * block.d_out, UPDATE_PASSES)]
+
+
+def refresh(block: Block, rows: int, used: int | None) -> list[Cost]:
+    """KFAC's factors from a batch of `rows`, of which `used` enter (None: all)."""
+    at = (rows if used is None else min(used, rows)) * block.positions
+    costs = [] if block.first else [_with_rows(block, rows)]
+    for size in (block.d_in, block.d_out):
+        costs += [product(size, at, size), passes(size * size, REFRESH_PASSES)]
+    if block.positions > 1:
+        costs.append(passes(at * block.d_in, 4))  # Patches.
+    return costs
+
+
+def inversion(block: Block, rank: int) -> list[Cost]:
+    """Both preconditioners."""
+    costs = []
+    for size in (block.d_in, block.d_out):
+        costs.append(passes(size * size, UNPACK_PASSES))
+        if size <= 2 * rank:  # Two factors, a solve with the identity.
+            costs.append(Cost(2 * size**3 / 3 + 2 * size**3, 8 * ITEM * size**2))
+        else:
+            costs += [product(size, size, rank)] * 2 + [product(rank, size, rank), product(size, rank, rank)]
+            costs.append(Cost(4 * size * rank**2, 4 * ITEM * size * rank))  # QR.
+            costs += [Cost(9 * rank**3, 4 * ITEM * rank**2), product(size, size, 1)]  # eigh, probe.
+    return costs
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Their sum."""
+    return sum(costs, Cost())
+
+
+def blocks_of(model: keras.Model) -> list[Block]:
+    """Every block of a built Sequential model, in order."""
+    from keras_kpsvd.layers import RecordingLayer
+
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, RecordingLayer):
+            width = sum(d_out for _, d_out in layer.block_shapes)
+            positions = _entries(layer.output.shape) // width
+            inputs = _entries(layer.input.shape) // len(layer.block_shapes)
+            first = not found
+            found += [Block(layer.name, *shape, positions, inputs, first) for shape in layer.block_shapes]
+    return found
+
+
+def _entries(shape: tuple) -> int:
+    count = 1
+    for size in shape[1:]:
+        count *= size
+    return count

@@ -1,0 +1,67 @@
+"""What the monitor costs: from seconds and its own account to a line of the table."""
+
+import types
+
+import numpy as np
+import pytest
+
+SECONDS = {"without": 10.0, "with": 10.3, "always": 14.0}
+OWN = {"with": 0.2, "always": 2.0}
+
+
+@pytest.fixture
+def row(monkeypatch, tmp_path):
+    import monitor
+
+    class Contestant:
+        """One whose fits take what they are told to, and observe six refreshes of two layers."""
+
+        def __init__(self, problem, method, watching):
+            self.model, self.monitor = None, watching
+            self.name = "without" if watching is None else "with" if watching.budget.share else "always"
+
+        def fit(self, x, y, batch, epochs):
+            assert len(x) == len(y) == 96 and batch == 32
+            if self.monitor is not None:
+                self.monitor.budget.seconds = OWN[self.name]
+                self.monitor.records += [{"layer": name} for name in ("one", "two")] * 6
+            return SECONDS[self.name]
+
+    data = np.zeros((100, 3), np.float32)
+    monkeypatch.setitem(monitor.PROBLEMS, "tiny", types.SimpleNamespace(load=lambda seed: (data, data, data, data)))
+    monkeypatch.setattr(monitor, "Contestant", Contestant)
+    monkeypatch.setattr(monitor, "check_agreement", lambda *_: None)
+    return monitor.compare("tiny", 32, "kfac", rounds=3, epochs=5, folder=tmp_path)
+
+
+def test_ratios_are_to_the_fit_without_a_monitor(row):
+    assert row.ratio == row.ratio_low == row.ratio_high == pytest.approx(1.03)
+    assert row.always_ratio == pytest.approx(1.4) and row.epoch_ms == pytest.approx(10.3e3 / 5)
+    assert row.observed == 6 and row.refreshes == 3 * 5 // 5
+
+
+def test_the_account_is_held_against_what_observing_everything_took(row):
+    assert row.true_over_own == pytest.approx((14 - 10) / 2.0)
+    assert row.own_share == pytest.approx(0.2 / 10.3) and row.share == pytest.approx(2 * 0.2 / 10.3)
+
+
+def test_the_line_has_the_numbers(row):
+    import monitor
+
+    line = monitor.line(row)
+    assert "1.030 (1.030 … 1.030)" in line and "1.94 %" in line and "2.00 times" in line and "3.88 %" in line
+
+
+def test_a_monitor_that_changes_the_training_ends_the_script():
+    import keras
+    import monitor
+
+    models = []
+    for bias in (0.0, 1e-7):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.set_weights([np.ones((1, 1)), np.full(1, bias)])
+        models.append(model)
+    monitor.check_agreement("case", models[0], models[0])
+    with pytest.raises(RuntimeError, match="changed the training"):
+        monitor.check_agreement("case", *models)
