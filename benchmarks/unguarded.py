@@ -138,7 +138,7 @@ GUARDS: dict[str, tuple[str, list[Replacement]]] = {
                 "_invert",
                 _while_tracing(
                     _inverting,
-                    [*trusting(state), (state, "_inverts", passes), (state, "_orthonormalises", passes)],
+                    [*trusting(state), (state, "inverts", passes), (state, "orthonormalises", passes)],
                 ),
             ),
         ],

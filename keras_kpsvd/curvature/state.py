@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
 from keras_kpsvd.curvature.placement import on
+from keras_kpsvd.curvature.probes import inverts, orthonormalises
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import (
@@ -30,9 +31,6 @@ from keras_kpsvd.linalg import (
     unpack,
 )
 from keras_kpsvd.tracing import traced_once
-
-# A decomposition is trusted when it reproduces a probe vector to this part of the sizes that went into it.
-PROBE_TOLERANCE = 1e-2
 
 # Exact triples are trusted when the first one's residuals are within this part of its value. Where KFAC leaves hardly
 # more than rounding it reaches 1e-2; later triples may be rounding altogether, and are then small.
@@ -325,9 +323,9 @@ def _invert(
     else:
         new = invert_one_term(a, g, lam_a, lam_g, starts)
     flat = tf.nest.flatten(new)
-    good = all_finite(*flat) & _inverts(new[0], a, lam_a) & _inverts(new[1], g, lam_g)
+    good = all_finite(*flat) & inverts(new[0], a, lam_a) & inverts(new[1], g, lam_g)
     if len(terms) == 2:
-        good &= _orthonormalises(new[2], new[0], a, lam_a) & _orthonormalises(new[3], new[1], g, lam_g)
+        good &= orthonormalises(new[2], new[0], a, lam_a) & orthonormalises(new[3], new[1], g, lam_g)
     values = [tf.where(known & good, now, before) for now, before in zip(flat, tf.nest.flatten(old), strict=True)]
     return values, good | ~known
 
@@ -357,47 +355,3 @@ def _unpacked_one(packed: tf.Tensor) -> tf.Tensor:
 
 def _flatten(pairs: Any) -> list:
     return [factor for pair in pairs for factor in pair]
-
-
-def _probe(size: int | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    return tf.cos(tf.constant(2.4, dtype) * tf.cast(tf.range(size), dtype))[:, tf.newaxis]
-
-
-def _inverts(inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
-    """Whether `inverse` solves with `factor + λI`; see `_reproduces`."""
-    return traced_once(_reproduces, None, inverse, factor, lam)
-
-
-def _reproduces(_: None, inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
-    """Whether `inverse` solves with `factor + λI`, to a backward error; a truncated one, within its subspace.
-
-    The residual of one probe vector is measured against the sizes that made it (Rigal & Gaches 1967), so that an
-    ill-conditioned factor is not taken for a failure. A Rayleigh–Ritz subspace need not have converged to pass.
-    """
-    if not isinstance(inverse, TruncatedInverse):
-        probe = _probe(tf.shape(factor)[0], factor.dtype)
-        solution = tf.matmul(inverse, probe)
-        residual = tf.norm(tf.matmul(factor, solution) + lam * solution - probe)
-        return residual <= PROBE_TOLERANCE * ((tf.norm(factor) + lam) * tf.norm(solution) + tf.norm(probe))
-    basis = inverse.basis
-    probe = _probe(tf.shape(basis)[1], basis.dtype)
-    inside = (inverse.shift + inverse.weights)[:, None] * probe
-    solution = tf.matmul(basis, inside)
-    image = tf.matmul(basis, tf.matmul(factor, solution) + lam * solution, transpose_a=True)
-    sizes = (tf.norm(factor) + lam) * tf.norm(inside) + tf.norm(probe)
-    orthonormal = tf.norm(tf.matmul(basis, tf.matmul(basis, probe), transpose_a=True) - probe)
-    return (
-        (tf.norm(image - probe) <= PROBE_TOLERANCE * sizes)
-        & (orthonormal <= PROBE_TOLERANCE * tf.norm(probe))
-        & (inverse.shift > 0)
-    )
-
-
-def _orthonormalises(basis: tf.Tensor, inverse: Inverse, factor: tf.Tensor, lam: tf.Tensor) -> tf.Tensor:
-    """Whether `Kᵀ (factor + λI) K = I`, likewise; of a truncated factor with what its truncation stands for."""
-    probe = _probe(tf.shape(basis)[1], basis.dtype)
-    image = tf.matmul(basis, probe)
-    truncated = isinstance(inverse, TruncatedInverse)
-    damped = inverse.inverse().times(image) if truncated else tf.matmul(factor, image) + lam * image
-    residual = tf.norm(tf.matmul(basis, damped, transpose_a=True) - probe)
-    return residual <= PROBE_TOLERANCE * (tf.norm(basis) * tf.norm(damped) + tf.norm(probe))
