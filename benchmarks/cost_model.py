@@ -34,6 +34,7 @@ from traced_step import TracedStep
 from keras_kpsvd import KPSVD
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.state import RANK
+from keras_kpsvd.curvature.step_control import holds_on_other_batches
 
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 NETWORKS = {"curves": 256, "mnist": 512, "conv": 128}  # and batch sizes
@@ -53,7 +54,7 @@ CASES: dict[str, dict | Callable[[], keras.optimizers.Optimizer]] = {
 # What is measured: one case less another.
 PARTS = {
     "gradient and update": ("sgd", None),
-    "preconditioner": ("given rate", "sgd"),
+    "preconditioner and checks": ("given rate", "sgd"),
     "model of two directions": ("one direction", "given rate"),
     "a conjugate step": ("three conjugate steps", "two conjugate steps"),
     "refresh": ("always refreshed", "one direction"),
@@ -115,6 +116,7 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
         batch: examples.
         intervals: of refresh and inversion in the default step.
     """
+    # Of a given rate: each layer's slope for the KL bound, and whether the gradient is finite, for which all waits.
     used = refresh_rows("kfac", [(block.d_in, block.d_out)], block.positions)
     weights = block.d_in * block.d_out
     precondition, tangent = costs.precondition(block, RANK), costs.tangent(block, batch)
@@ -124,9 +126,11 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
     refresh, inversion = costs.refresh(block, batch, used), costs.inversion(block, RANK)
     gradient = [*costs.gradient(block, batch), *costs.update(block)]
     now_and_then = [costs.Cost(one.flops / intervals, one.moved / intervals) for one in (*refresh, *inversion)]
-    # The last step's image, three directions' own, two conjugate steps less their image, the solution put together.
-    default = [*gradient, *precondition, *tangent * 2, *conjugate * 2, *now_and_then, costs.passes(weights, 26)]
-    parts = (gradient, precondition, model, conjugate, refresh, inversion, default)
+    around = costs.passes(weights, costs.FIRST_PASSES + costs.STEP_PASSES)
+    # The last step's image and the first direction's, then two further conjugate steps.
+    default = [*gradient, *precondition, *tangent * 2, around, *conjugate * 2, *now_and_then]
+    preconditioner = [*precondition, costs.passes(weights, 5)]
+    parts = (gradient, preconditioner, model, conjugate, refresh, inversion, default)
     return dict(zip(PARTS, parts, strict=True))
 
 
@@ -166,7 +170,16 @@ def measure(network: str, batch: int, rounds: int, steps: int) -> dict[str, list
             began = time.perf_counter()
             one.run(steps)
             seconds[name].append((time.perf_counter() - began) / steps)
+            check_steps(name, one)
     return seconds
+
+
+def check_steps(name: str, step: TracedStep) -> None:
+    """Raises a RuntimeError where conjugate gradients ended after one step, so that nothing is left to compare."""
+    if "conjugate" in name:
+        averages = step.optimizer._natural._slope_averages.value
+        if not holds_on_other_batches(averages):
+            raise RuntimeError(f"{name}: they ended early. Expected slopes that hold, received averages {averages}")
 
 
 def differences(seconds: dict[str, list[float]]) -> dict[str, list[float]]:

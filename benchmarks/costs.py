@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 
 ITEM = 4  # bytes
 
-# Passes over a direction, counted in the code: of a conjugate step two combinations (2 + 4 and 2 + 3) and three inner
-# products (4 each, the product of the two being written); of an update the new velocity, and both assignments.
-CONJUGATE_PASSES, UPDATE_PASSES = 23, 12
+# Passes over a direction, counted in the code; a test counts them in the graph. An inner product takes four, since the
+# product of the two is written. Of the first conjugate step five of these, and its part of the solution (2). Of each
+# further one four, the image (3 combinations, 7), the residual, the direction and the solution (5 each). Of the step
+# around them the slope of each layer, that along the last step, three more for the model, and whether all is finite.
+FIRST_PASSES, CONJUGATE_PASSES, STEP_PASSES = 22, 38, 21
+UPDATE_PASSES = 12  # The new velocity, and both assignments.
 # Of a factor: out of its packed form and into it, the average, and whether all is finite.
 REFRESH_PASSES, UNPACK_PASSES = 16, 6
+# Of a truncated inversion besides its products: whether all is finite, the largest entry, the norm for the probe.
+TRUNCATED_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ def inversion(block: Block, rank: int) -> list[Cost]:
         if size <= 2 * rank:  # Two factors, a solve with the identity.
             costs.append(Cost(2 * size**3 / 3 + 2 * size**3, 8 * ITEM * size**2))
         else:
+            costs.append(passes(size * size, TRUNCATED_PASSES))
             costs += [product(size, size, rank)] * 2 + [product(rank, size, rank), product(size, rank, rank)]
             costs.append(Cost(4 * size * rank**2, 4 * ITEM * size * rank))  # QR.
             costs += [Cost(9 * rank**3, 4 * ITEM * rank**2), product(size, size, 1)]  # eigh, probe.

@@ -98,7 +98,8 @@ class SavedState:
         raise ValueError(
             f"The saved state does not belong to optimizer {self.optimizer!r}: expected {len(expected)} variables, "
             f"received {len(received)}, and the shapes differ at number {differing} first. Build it on the same model "
-            "with the same method and options, load the weights before `compile`, or the model with `compile=False`. "
+            "with the same method, options and version of keras_kpsvd, load the weights before `compile`, or the model "
+            "with `compile=False`. "
             f"{UNCHANGED}"
         )
 

@@ -52,7 +52,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-import keras_kpsvd
+import keras_kpsvd.linalg
 
 processor = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -151,8 +151,8 @@ for epoch in range(EPOCHS):
 # ## The same curvature on both devices
 #
 # Each layer has two Kronecker factors, `A` of its inputs and `G` of the gradients at its outputs. They are variables,
-# and each device has a copy. The copies must never drift apart, or each device would step with a curvature of its own.
-# Are they the same, to the last bit?
+# each kept as its lower triangle, a vector, and each device has a copy. The copies must never drift apart, or each
+# device would step with a curvature of its own. Are they the same, to the last bit?
 
 
 # %%
@@ -194,7 +194,8 @@ for axis in (axes["L"], axes["G"]):
     axis.set(xlim=(0.5, EPOCHS + 0.5), xticks=epochs)
     axis.grid(color="#e6e6e6")
 
-first, second = copies(next(factor for name, factor in factors.items() if name.endswith("logits_G")))
+triangles = copies(next(factor for name, factor in factors.items() if name.endswith("logits_G")))
+first, second = (keras_kpsvd.linalg.unpack(triangle).numpy() for triangle in triangles)
 limit = np.abs(first).max()
 shown = {"copy on device 0": first, "copy on device 1": second, "their difference": first - second}
 for place, (title, matrix) in zip("012", shown.items(), strict=True):

@@ -121,7 +121,7 @@ def _of_several_positions(batch: BatchCurvature, terms: Sequence[Pair]) -> tuple
 
 @functools.cache
 def _kernel(shape: tuple[int, int], terms: int) -> Callable:
-    """The computation for blocks of one shape as a graph function, as `state._kernels`."""
+    """The computation for blocks of one shape as a graph function, as `tracing.traced_once`."""
 
     def compute(batch: BatchCurvature, terms: Sequence[Pair]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         operator = batch.compressed().operator()

@@ -79,6 +79,8 @@ def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head],
         gradients = forward_pass.tape.gradient(
             outputs, [record.preactivation for record in records], output_gradients=cotangents
         )
+        # Where a preactivation is gathered from they come in slices, of which no gradient can be taken.
+        gradients = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
     reached = [(record, gradient) for record, gradient in zip(records, gradients, strict=True) if gradient is not None]
     moved = []
     for record, gradient in reached:
@@ -139,9 +141,8 @@ def quadratic_model(
 
 def inner(one: Direction, other: Direction) -> tf.Tensor:
     """The Euclidean inner product of two directions, float32 scalar."""
-    axes = functools.cache(
-        lambda rank: tf.constant([*range(rank)])
-    )  # Left out, it would be a constant of its own for each sum.
+    # Left out, axes would be a constant of its own for each sum.
+    axes = functools.cache(lambda rank: tf.constant([*range(rank)]))
     products = [
         tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
         for layer, values in one.items()

@@ -32,11 +32,11 @@ def pack(matrix: tf.Tensor) -> tf.Tensor:
     Returns:
         `[d (d + 1) / 2]`, in no order of meaning.
     """
-    rows, first, even = _split(size_of(matrix, 0))
+    _, first, even = _split(size_of(matrix, 0))
     lower = tf.linalg.band_part(matrix[:first, :first], -1, 0)
     upper = tf.transpose(tf.linalg.band_part(matrix[first:, first:], -1, 0))
     triangles = tf.pad(lower, [[even, 0], [0, 0]]) + tf.pad(upper, [[0, 1], [1 - even, 0]])
-    return tf.reshape(tf.concat([triangles, matrix[first:, :first]], 0), [rows * (rows + 1) // 2])
+    return tf.reshape(tf.concat([triangles, matrix[first:, :first]], 0), [-1])
 
 
 def unpack(packed: tf.Tensor) -> tf.Tensor:

@@ -104,6 +104,53 @@ def test_products_are_those_that_are_traced(convolution):
         assert _flops(traced[name]) - recorded == counted
 
 
+def _passes(function, shape):
+    """How many tensors of a shape the entry-by-entry operations of a traced function read and write."""
+    import tensorflow as tf
+
+    graph = function.graph
+    names = [tensor.op.name for tensor in tf.nest.flatten(function.structured_outputs)]
+    needed = tf.compat.v1.graph_util.extract_sub_graph(graph.as_graph_def(), names)
+    operations = [graph.get_operation_by_name(node.name) for node in needed.node]
+    counted = [one for one in operations if one.type in ("Mul", "AddV2", "Sub", "AddN", "Sum", "Neg")]
+    return sum(tensor.shape == shape for one in counted for tensor in (*one.inputs, *one.outputs))
+
+
+def test_passes_over_directions_are_those_of_the_code():
+    import costs
+    import tensorflow as tf
+
+    from keras_kpsvd import likelihoods
+    from keras_kpsvd.curvature.conjugate import conjugate_direction
+    from keras_kpsvd.curvature.replicas import JointPass
+    from keras_kpsvd.layers import Recorder
+
+    model, recorder = _network(), Recorder(persistent=True, always=True)
+    for layer in model.layers:
+        layer.attach(recorder)
+
+    def solution(x, steps):
+        outputs = model(x, training=True)
+        joint = JointPass([recorder.take()], [likelihoods.heads("normal", None, outputs)])
+        # Two that TensorFlow can't tell to be the same.
+        directions = [
+            {layer: [tf.identity(v.value) for v in layer.curvature_variables] for layer in model.layers}
+            for _ in range(2)
+        ]
+        found, _ = conjugate_direction(
+            joint, directions[0], lambda one: one, directions[1], tf.constant(0.1), steps, 0.9, tf.constant([1, 2])
+        )
+        return found[model.layers[0]][0]
+
+    passes = []
+    for steps in (1, 2, 3):
+        function = tf.function(lambda x, steps=steps: solution(x, steps), autograph=False)
+        traced = function.get_concrete_function(tf.TensorSpec([BATCH, 200]))
+        passes.append(_passes(traced, (200, 150)))
+    assert passes[0] == costs.FIRST_PASSES
+    assert passes[1] - passes[0] == passes[2] - passes[1] == costs.CONJUGATE_PASSES
+
+
 def _layers(model):
     from keras_kpsvd.layers import RecordingLayer
 

@@ -35,12 +35,28 @@ def _called_twice():
     return keras.Model(inputs, KPSVDDense(2)(shared(shared(inputs))))
 
 
+def _gathered():
+    """The gradient by what the first layer made comes in slices."""
+    inputs = keras.Input((5,))
+    hidden = KPSVDDense(4)(inputs)
+    return keras.Model(inputs, KPSVDDense(2)(keras.ops.take(hidden, [6, 0, 0, 3, 1, 2, 5], axis=0)))
+
+
+def _added():
+    """Two layers have one and the same gradient."""
+    inputs = keras.Input((5,))
+    both = keras.layers.Add()([KPSVDDense(4)(inputs), KPSVDDense(4, use_bias=False)(inputs)])
+    return keras.Model(inputs, KPSVDDense(2)(keras.layers.Activation("tanh")(both)))
+
+
 NETS = {
     "linear": (lambda: _dense(None), "normal"),
     "sigmoid": (lambda: _dense("sigmoid"), "bernoulli"),
     "softmax": (lambda: _dense("softmax"), "categorical"),
     "convolution": (_convolution, "normal"),
     "called twice": (_called_twice, "normal"),
+    "gathered": (_gathered, "normal"),
+    "added": (_added, "normal"),
 }
 
 
@@ -99,6 +115,18 @@ def test_the_fisher_product_is_that_of_the_dense_matrix(name, scale):
     found = case.flat(fisher_product(case.joint, case.layers, tangents, SEED))
     expected = case.fisher @ vector
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_changes_of_layers_that_no_output_depends_on_change_nothing():
+    case = _Case("linear")
+    stranger = KPSVDDense(2)
+    stranger.build((None, 3))
+    change = {stranger: [tf.ones_like(variable.value) for variable in stranger.curvature_variables]}
+    (alone,) = changes_of_outputs(case.joint, change)
+    assert alone.shape == (7, 3) and np.all(alone == 0)
+    direction = case.direction(np.ones(len(case.fisher)))
+    (without,), (with_it,) = (changes_of_outputs(case.joint, one) for one in (direction, direction | change))
+    assert np.any(without != 0) and np.array_equal(without, with_it)
 
 
 def test_layers_that_no_output_depends_on_get_zeros():
