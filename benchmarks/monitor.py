@@ -1,6 +1,6 @@
 """What `CurvatureMonitor` costs: `fit` with it against the same `fit` without it.
 
-    python benchmarks/monitor.py [--rounds 7] [--epochs 10] [--quick] [--out benchmarks/results/monitor.csv]
+    python benchmarks/monitor.py [--rounds 7] [--epochs 10] [--quick] [--only conv] [--out FILE]
 
 Three models of one network, with the same weights, data and seed, are trained side by side by stock `fit`: without a
 monitor, with one at its default budget, and with one that observes every refresh, both writing CSV and TensorBoard
@@ -195,11 +195,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=count, help="fits of each (default: 7, quick 3)")
     parser.add_argument("--epochs", type=count, help="of a fit (default: 10, quick 5)")
     parser.add_argument("--quick", action="store_true", help="the two auto-encoders by kfac only")
+    names = list(dict.fromkeys(name for name, *_ in CASES))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="networks (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     rounds, epochs = options.rounds or (3 if options.quick else 7), options.epochs or (5 if options.quick else 10)
+    cases = [case for case in (QUICK if options.quick else CASES) if case[0] in options.only]
+    if not cases:
+        parser.error(f"--quick has none of {', '.join(options.only)}")
     rows: list[Row] = []
-    for case in QUICK if options.quick else CASES:
+    for case in cases:
         keras.backend.clear_session()
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(*case, rounds, epochs, Path(folder)))
