@@ -84,7 +84,10 @@ def test_a_model_that_was_trained_before_is_traced_once_as_well(proposals, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "kpsvd", "kfac_corrected"])
 def test_layers_of_all_sizes_share_their_decompositions(method):
-    """One graph for refreshes, one for inversions of each pair of whole and truncated factors, traced once each."""
+    """One graph for refreshes, one for inversions of each pair of whole and truncated factors, traced once each.
+
+    Besides one in which factors are unpacked, and one that probes inverses of either kind.
+    """
     made, original = [], tracing.graph_function.__wrapped__
 
     def kept(*arguments):
@@ -99,12 +102,15 @@ def test_layers_of_all_sizes_share_their_decompositions(method):
     shapes = zip((6, *WIDTHS[:-1]), WIDTHS, strict=True)
     kinds = {(d_in + 1 > 2 * state.RANK, d_out > 2 * state.RANK) for d_in, d_out in shapes}
     assert len(kinds) == 4
-    assert len(made) == 1 + len(kinds)
+    assert len(made) == 1 + len(kinds) + 3
     assert [one.experimental_get_tracing_count() for one in made] == [1] * len(made)
 
 
 def test_convolutions_of_equal_sizes_share_theirs():
-    """Of samples summed over positions sizes decide on the way: a graph for each size, whatever tensors' names."""
+    """Of samples summed over positions sizes decide on the way: a graph for each size, whatever tensors' names.
+
+    One for refreshes, one for inversions, and what both unpack factors and probe inverses with.
+    """
     made, original = [], tracing.graph_function.__wrapped__
 
     def kept(*arguments):
@@ -119,7 +125,7 @@ def test_convolutions_of_equal_sizes_share_theirs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "graph_function", functools.cache(kept))
         model.fit(x, x, batch_size=8, verbose=0)
-    assert len(made) == 2
+    assert len(made) == 4
 
 
 def test_a_trace_knows_itself_and_its_branches_and_nothing_else():
