@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -32,9 +33,9 @@ from problems import PROBLEMS
 from traced_step import TracedStep
 
 from keras_kpsvd import KPSVD
+from keras_kpsvd.curvature import natural_gradient
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.state import RANK
-from keras_kpsvd.curvature.step_control import holds_on_other_batches
 
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 NETWORKS = {"curves": 256, "mnist": 512, "conv": 128}  # and batch sizes
@@ -158,7 +159,9 @@ def measure(network: str, batch: int, rounds: int, steps: int) -> dict[str, list
     made: dict[str, tuple[TracedStep, list[tf.Tensor]]] = {}
     for name, case in CASES.items():
         optimizer = case() if callable(case) else KPSVD(seed=0, **case)
-        one = TracedStep(problem.build(0), optimizer, problem.loss, batch, classes)
+        # On one batch again and again slopes soon hold no more, and conjugate gradients would end after one step.
+        with mock.patch.object(natural_gradient, "holds_on_other_batches", lambda _: tf.constant(True)):
+            one = TracedStep(problem.build(0), optimizer, problem.loss, batch, classes)
         one.run(2)
         made[name] = one, one.state()
     seconds: dict[str, list[float]] = {name: [] for name in made}
@@ -170,16 +173,7 @@ def measure(network: str, batch: int, rounds: int, steps: int) -> dict[str, list
             began = time.perf_counter()
             one.run(steps)
             seconds[name].append((time.perf_counter() - began) / steps)
-            check_steps(name, one)
     return seconds
-
-
-def check_steps(name: str, step: TracedStep) -> None:
-    """Raises a RuntimeError where conjugate gradients ended after one step, so that nothing is left to compare."""
-    if "conjugate" in name:
-        averages = step.optimizer._natural._slope_averages.value
-        if not holds_on_other_batches(averages):
-            raise RuntimeError(f"{name}: they ended early. Expected slopes that hold, received averages {averages}")
 
 
 def differences(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
