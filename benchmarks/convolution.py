@@ -114,7 +114,7 @@ def _refresh_and_invert(
 
     @tf.function(autograph=False)
     def invert():
-        invert_layers(blocks, tf.constant(0.01))
+        invert_layers(blocks, {block.layer: tf.constant(0.01) for block in blocks})
 
     return refresh, invert
 

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature import step_control
 from keras_kpsvd.curvature.approximations import METHODS, TWO_TERM_METHODS
 from tests import reference
 from tests.networks import assert_same, compiled, matrices, problem, state, tanh_network, variable
@@ -21,11 +22,19 @@ PLAIN = {"learning_rate": 0.25, "momentum": 0.0, "damping": DAMPING, "kl_clip": 
 def _directions(weights, x, y, method="kfac", damping=DAMPING, rule="sqrt", indefinite="absolute"):
     gradients = reference.squared_error_gradients(weights, x, y)
     samples = reference.squared_error_samples(weights, x)
+    dampings = damping if isinstance(damping, list) else [damping] * len(samples)
     steps = [
-        reference.rule_solve(reference.method_terms(*sample, method), gradient, damping, rule, indefinite)
-        for sample, gradient in zip(samples, gradients, strict=True)
+        reference.rule_solve(reference.method_terms(*sample, method), gradient, lam, rule, indefinite)
+        for sample, gradient, lam in zip(samples, gradients, dampings, strict=True)
     ]
     return gradients, steps
+
+
+def _adaptive_dampings(number, weights, x):
+    """`r` times the mean curvature of all weights, or 100 times that of the layer, if less."""
+    factors = [reference.kfac_factors(*sample) for sample in reference.squared_error_samples(weights, x)]
+    traces, sizes = np.array([np.trace(a) * np.trace(g) for a, g in factors]), np.array([w.size for w in weights])
+    return [number * unit for unit in np.minimum(traces.sum() / sizes.sum(), 100 * traces / sizes)]
 
 
 def _assert_close(actual, expected, start, tolerance):
@@ -140,18 +149,24 @@ def test_factors_and_inverses_age_by_their_own_intervals():
         _assert_close(matrices(model), weights, start, 1e-5)
 
 
+@pytest.mark.parametrize("bound", [1e9, 0.8])
 @pytest.mark.parametrize("damping", ["adaptive", DAMPING])
-def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slopes(damping):
+def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slopes(damping, bound, monkeypatch):
+    monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", bound)
     model = compiled(tanh_network(), KPSVD(damping=damping, fisher="exact", conjugate_steps=1, **EVERY_STEP))
     weights = matrices(model)
     step = np.zeros(sum(w.size for w in weights))
-    expected_damping, slope, averages = 0.003 if damping == "adaptive" else damping, 0.0, np.zeros(2)
-    rates, momenta, factors = [], [], []
+    expected_damping, slope, averages = 10.0 if damping == "adaptive" else damping, np.zeros(2), np.zeros(2)
+    rates, momenta, factors, parts_taken = [], [], [], []
     for number in range(10):
         x, y = problem(rows=6, seed=0 if number < 4 else number % 3)
-        gradients, directions = _directions(weights, x, y, damping=expected_damping)
+        dampings = [expected_damping] * len(weights)
+        if damping == "adaptive":
+            dampings = _adaptive_dampings(expected_damping, weights, x)
+        gradients, directions = _directions(weights, x, y, damping=dampings)
         gradient, direction = (np.concatenate([m.reshape(-1) for m in parts]) for parts in (gradients, directions))
-        matrix = reference.squared_error_gauss_newton(weights, x) + expected_damping * np.eye(gradient.size)
+        of_weights = [np.full(w.size, lam) for w, lam in zip(weights, dampings, strict=True)]
+        matrix = reference.squared_error_gauss_newton(weights, x) + np.diag(np.concatenate(of_weights))
         basis = np.stack([-direction, step], 1)
         rate, momentum = np.linalg.lstsq(basis.T @ matrix @ basis, -basis.T @ gradient, rcond=None)[0]
         if not 0 <= momentum <= 0.9:
@@ -159,23 +174,46 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
             rate = (gradient + matrix @ step * momentum) @ direction / (direction @ matrix @ direction)
         after = gradient @ step
         step = basis @ [rate, momentum]
+        ends = np.cumsum([w.size for w in weights])[:-1]
+        sizes = [max(np.linalg.norm(w), np.sqrt(2 * w.size / sum(w.shape))) for w in weights]
+        change = sum(np.linalg.norm(part) / size for part, size in zip(np.split(step, ends), sizes, strict=True))
+        part = min(1.0, bound / change)
+        step *= part
         if damping == "adaptive":  # The ratio of slopes averaged over some five steps, and a fifth at most.
-            averages = 0.8 * averages + 0.2 * np.array([slope, after])
+            averages = 0.8 * averages + 0.2 * np.array([slope[1], after - slope[0]])
             ratio = 1 + averages[1] / averages[0] if averages[0] < 0 else 0.5
             factor = 0.8 if ratio > 0.75 else 1 / 0.8 if ratio < 0 else 1.0
             expected_damping *= factor
             factors.append(factor)
-        slope = gradient @ step
-        start, ends = weights, np.cumsum([w.size for w in weights])[:-1]
+        slope = gradient @ step * np.array([1 / part - 1, 1])  # Expected to be left at its end, and to be gone.
+        start = weights
         weights = [w + part.reshape(w.shape) for w, part in zip(weights, np.split(step, ends), strict=True)]
         model.train_on_batch(x, y)
         _assert_close(matrices(model), weights, start, 1e-4)
         np.testing.assert_allclose(variable(model.optimizer, "damping"), expected_damping, rtol=1e-6)
         rates.append(rate)
+        parts_taken.append(part)
         momenta.append(momentum)
         weights = matrices(model)  # Rounding would add up over the steps.
     assert max(momenta) > 0.1 and min(rates) > 0
     assert damping != "adaptive" or len(set(factors)) > 1
+    assert max(parts_taken) == 1 and (min(parts_taken) == 1) == (bound > 1)  # Some steps are cut, not all.
+
+
+@pytest.mark.parametrize("options", [{}, {"conjugate_steps": 1, "method": "kfac_corrected"}, {"learning_rate": 0.1}])
+def test_adaptive_damping_knows_no_scale(options):
+    """A loss multiplied by any number, at the same rate if one is given, trains alike."""
+    results = []
+    for scale in (1.0, 2.0**-20, 2.0**20):
+        if "learning_rate" in options:
+            options = {**options, "kl_clip": None}
+        model = compiled(tanh_network(), KPSVD(seed=3, **options), loss_weights=[scale])
+        start = matrices(model)
+        for number in range(8):
+            model.train_on_batch(*problem(seed=number))
+        results.append(matrices(model))
+    for other in results[1:]:
+        _assert_close(other, results[0], start, 1e-3)
 
 
 def test_the_step_does_not_depend_on_how_it_is_run():

@@ -18,8 +18,9 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
+from keras_kpsvd.curvature.damping import Dampings
 from keras_kpsvd.curvature.replicas import JointPass
-from keras_kpsvd.curvature.step_control import Direction, changes_of_outputs, inner, scaled
+from keras_kpsvd.curvature.step_control import Direction, by_layer, changes_of_outputs, inner, scaled
 from keras_kpsvd.layers import ForwardPass, at_least_float32
 
 
@@ -28,7 +29,7 @@ def conjugate_direction(
     gradients: Direction,
     precondition: Callable[[Direction], Direction],
     previous: Direction,
-    damping: tf.Tensor,
+    dampings: Dampings,
     steps: int,
     largest_momentum: float,
     seed: tf.Tensor,
@@ -40,7 +41,7 @@ def conjugate_direction(
         gradients: `∇`.
         precondition: a positive definite linear map of directions, `F̂_λ⁻¹`.
         previous: `δ₀`, zeros for none.
-        damping: λ, scalar.
+        dampings: λ of each layer.
         steps: 1 or more. Each takes one product `Jp`, each but the last one a product with `Jᵀ` and one with `F̂_λ⁻¹`.
         largest_momentum: the cap of `μ`, which is not negative.
         seed: `[2]` integers; as `likelihoods.fisher_inner`.
@@ -52,9 +53,8 @@ def conjugate_direction(
     residual = {layer: [at_least_float32(value) for value in values] for layer, values in gradients.items()}
     along = precondition(residual)
     slope = inner(residual, along)
-    damping = tf.cast(damping, tf.float32)
     last = changes_of_outputs(joint, previous)
-    whole, remaining_slope = inner(previous, previous) * damping, inner(gradients, previous)
+    whole, remaining_slope = inner(previous, previous, dampings), inner(gradients, previous)
     for head, tangent in zip(joint.heads(), last, strict=True):
         whole += likelihoods.fisher_inner(head, [tangent], seed)[0, 0]
     remaining = whole
@@ -67,8 +67,8 @@ def conjugate_direction(
             for head, tangent, other in zip(joint.heads(), tangents[-1], last, strict=True)
         ]
         curvature, mixed = tf.unstack(tf.add_n(products))
-        curvature += damping * inner(along, along)
-        mixed += damping * inner(along, previous)
+        curvature += inner(along, along, dampings)
+        mixed += inner(along, previous, dampings)
         lengths.append(tf.math.divide_no_nan(slope, curvature))
         overlaps.append(tf.math.divide_no_nan(mixed, curvature))
         # What is left of `δ₀` once it is made conjugate to this direction as well.
@@ -77,7 +77,7 @@ def conjugate_direction(
         remaining_slope -= overlaps[-1] * descents[-1]
         if number + 1 == steps:
             break
-        image = _plus(fisher_product(joint, list(residual), tangents[-1], seed), scaled(along, damping))
+        image = _plus(fisher_product(joint, list(residual), tangents[-1], seed), by_layer(along, dampings))
         residual = _plus(residual, scaled(image, -lengths[-1]))
         preconditioned = precondition(residual)
         before, slope = slope, inner(residual, preconditioned)

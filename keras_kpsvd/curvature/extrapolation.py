@@ -112,6 +112,7 @@ def next_step(
     slopes: tf.Tensor,
     largest_momentum: float,
     share: tf.Tensor,
+    change: Callable[[StepCoefficients], tf.Tensor],
 ) -> tuple[StepCoefficients, tf.Tensor, KeptModel]:
     """Fits a step to the exact model where that is due, else to the extrapolated one.
 
@@ -122,6 +123,7 @@ def next_step(
         slopes: `(∇ᵀΔ, ∇ᵀδ₀)`.
         largest_momentum: the cap of the momentum.
         share: of the step, in (0, 1], that the batch is to be trusted with at most; see `step_control.share_of_batch`.
+        change: `step_control.relative_change` of a step.
 
     Returns:
         `(step, trusted, kept)`: the step to take, already cut to its trusted part (see `trusted_part`), and what to
@@ -135,6 +137,6 @@ def next_step(
 
     curvature, changes = computed() if due is True else tf.cond(due, computed, lambda: extrapolate(kept, slopes[0]))
     fitted = fit_step(curvature, slopes, largest_momentum)
-    trusted = share * trusted_part(fitted, [changes])
+    trusted = share * trusted_part(fitted, [changes], change(fitted))
     step = StepCoefficients(trusted * fitted.rate, trusted * fitted.momentum)
     return step, trusted, KeptModel(curvature, changes, slopes[0], tf.stack([-step.rate, step.momentum]))

@@ -11,6 +11,13 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd.curvature.conjugate import conjugate_direction
+from keras_kpsvd.curvature.damping import (
+    INITIAL_DAMPING,
+    Dampings,
+    control_after,
+    damping_units,
+    holds_on_other_batches,
+)
 from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
 from keras_kpsvd.curvature.failures import Failures
 from keras_kpsvd.curvature.observation import Observer, StepValues, block_names
@@ -21,16 +28,15 @@ from keras_kpsvd.curvature.state import LayerCurvature, assign_last, invert_laye
 from keras_kpsvd.curvature.step_control import (
     Direction,
     StepCoefficients,
-    control_after,
-    holds_on_other_batches,
     inner,
+    layer_grams,
     quadratic_model,
+    relative_change,
     scaled,
     share_of_batch,
+    weight_sizes,
 )
 from keras_kpsvd.layers import RecordingLayer
-
-INITIAL_DAMPING = 0.003
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,12 @@ class NaturalGradient:
         """Whether the last step has to be known."""
         return self.options.adaptive or self._moves
 
-    def _current_damping(self) -> tf.Tensor:
-        """λ; a given number whatever a file brought."""
-        return tf.convert_to_tensor(self._damping.value if self._moves else self.options.damping, tf.float32)
+    def _dampings(self, blocks: Sequence[LayerCurvature]) -> Dampings:
+        """λ of each layer; a given number whatever a file brought."""
+        if not self._moves:
+            return {block.layer: tf.constant(self.options.damping) for block in blocks}
+        units = damping_units([block.trace_and_size() for block in blocks])
+        return {block.layer: self._damping.value * unit for block, unit in zip(blocks, units, strict=True)}
 
     def propose(
         self,
@@ -141,7 +150,8 @@ class NaturalGradient:
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
         observed = self._refresh(joint, blocks, seed, places, observer)
-        rebuilt = self._invert(blocks, places)
+        dampings = self._dampings(blocks)
+        rebuilt = self._invert(blocks, dampings, places)
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
 
@@ -152,7 +162,7 @@ class NaturalGradient:
         if options.adaptive and options.conjugate_steps > 1 and joint is not None:
 
             def improved(steps: int) -> tuple[Direction, list[list[tf.Tensor]]]:
-                fit = (self._current_damping(), steps, options.momentum, seed)
+                fit = (dampings, steps, options.momentum, seed)
                 found, changes = conjugate_direction(joint, gradients, precondition, previous, *fit)
                 return [found[layer] for layer in gradients], changes
 
@@ -176,7 +186,9 @@ class NaturalGradient:
             slopes = tf.stack([descent, overlap])
             share, usual = share_of_batch(joint.rows, self._usual.value)
             control.append((self._usual, usual))
-            step, trusted, kept, fit = self._fit(joint, [directions, previous], known, slopes, share, rebuilt, seed)
+            step, trusted, kept, fit = self._fit(
+                joint, [directions, previous], known, dampings, slopes, share, rebuilt, seed
+            )
             (rate, momentum), scale = step, trusted
             control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
         elif not options.adaptive and options.kl_clip is not None:
@@ -191,7 +203,9 @@ class NaturalGradient:
             values = control_after(*(one.value for one in state), overlap, slope, trusted)
             control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
         if observed is not None:
-            values = StepValues(self.updates.value, self._current_damping(), rate, momentum, scale)
+            values = StepValues(
+                self.updates.value, tf.reduce_max(tf.stack([*dampings.values()])), rate, momentum, scale
+            )
             observer.step_is_computed(observed, values)
         finite = [tf.math.is_finite(part) for part in parts]
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
@@ -203,6 +217,7 @@ class NaturalGradient:
         joint: JointPass,
         directions: list[Direction],
         known: list[list[tf.Tensor]] | None,
+        dampings: Dampings,
         slopes: tf.Tensor,
         share: tf.Tensor,
         rebuilt: tf.Tensor,
@@ -210,13 +225,17 @@ class NaturalGradient:
     ) -> tuple[StepCoefficients, tf.Tensor, KeptModel, tf.Tensor]:
         """Of `next_step`, and the update at which the next exact fit is due."""
         kept = KeptModel(*(tf.convert_to_tensor(variable) for variable in self._kept))
-        damping, updates = self._current_damping(), tf.convert_to_tensor(self.updates.value)
+        updates = tf.convert_to_tensor(self.updates.value)
         counts = (updates, self._next_fit.value, rebuilt, joint.rows)
         due = True
         if self.options.fit_interval > 1:
             due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
-        exact = functools.partial(quadratic_model, joint, directions, damping, seed, known)
-        step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum, share)
+        grams = layer_grams(directions)
+        change = functools.partial(
+            relative_change, grams=tf.stack([*grams.values()]), sizes=weight_sizes(directions[0])
+        )
+        exact = functools.partial(quadratic_model, joint, directions, dampings, seed, known, grams)
+        step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum, share, change)
         return step, trusted, kept, tf.where(due, updates + self.options.fit_interval, self._next_fit.value)
 
     def _refresh(
@@ -263,11 +282,13 @@ class NaturalGradient:
     def _names_of(self, blocks: list[LayerCurvature]) -> dict[LayerCurvature, list[str]]:
         return {block: self._names[block] for block in blocks}
 
-    def _invert(self, blocks: list[LayerCurvature], places: dict[RecordingLayer, str | None]) -> tf.Tensor:
+    def _invert(
+        self, blocks: list[LayerCurvature], dampings: Dampings, places: dict[RecordingLayer, str | None]
+    ) -> tf.Tensor:
         """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
 
         def invert() -> tf.Tensor:
-            good = invert_layers(blocks, self._current_damping(), places)
+            good = invert_layers(blocks, dampings, places)
             self._next_inverse.assign(self.updates.value + self.options.inverse_interval)
             self.failures.of_inversion([self._place[block] for block in blocks], good)
             return tf.constant(True)

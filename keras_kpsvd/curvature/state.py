@@ -24,6 +24,7 @@ from keras_kpsvd.linalg import (
     correction_rank,
     factor_damping,
     invert_one_term,
+    kronecker_trace,
     one_term_and_correction,
     pack,
     packed_size,
@@ -84,6 +85,7 @@ class BlockCurvature:
         self.two_term = options.method in TWO_TERM_METHODS
         names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
         self._packed = [(add((packed_size(d_in),), a), add((packed_size(d_out),), g)) for a, g in names]
+        self.trace = add((), "trace")
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
         self._inverses = []
         for side, size in (("A", d_in), ("G", d_out)):
@@ -120,15 +122,16 @@ class BlockCurvature:
             exact are not, and a scalar boolean.
         """
         old, count = self._terms(), tf.convert_to_tensor(self.count)
+        trace = tf.convert_to_tensor(self.trace)
         try:
-            return traced_once(_refresh, self.options, batch, old, count, sizes_matter=batch.sums_over_positions)
+            return traced_once(_refresh, self.options, batch, old, trace, count, sizes_matter=batch.sums_over_positions)
         except tf.errors.OpError:  # As in `invert`.
-            return [*_flatten(old), count], tf.constant(False)
+            return [*_flatten(old), tf.convert_to_tensor(self.trace), count], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
-        return [*_flatten(self._packed), self.count]
+        return [*_flatten(self._packed), self.trace, self.count]
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
@@ -190,6 +193,11 @@ class LayerCurvature:
             BlockCurvature(name, shape, dtype, options, add_variable) for name, shape in zip(names, shapes, strict=True)
         ]
 
+    def trace_and_size(self) -> tuple[tf.Tensor, int]:
+        """`tr F̂` of the first term, float32 scalar, 0 before the first refresh; and the number of weights."""
+        trace = tf.add_n([tf.cast(tf.convert_to_tensor(block.trace), tf.float32) for block in self.blocks])
+        return trace, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
+
     def refresh(self, calls: list[LayerCall]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.refresh` of all blocks, good where all are."""
         method = self.options.method
@@ -242,13 +250,15 @@ def refresh_layers(
 
 
 def invert_layers(
-    layers: list[LayerCurvature], damping: tf.Tensor, devices: dict[RecordingLayer, str | None] | None = None
+    layers: list[LayerCurvature],
+    dampings: dict[RecordingLayer, tf.Tensor],
+    devices: dict[RecordingLayer, str | None] | None = None,
 ) -> list[tf.Tensor]:
     """Makes the preconditioners of every layer anew, likewise."""
     results = []
     for one in layers:
         with on((devices or {}).get(one.layer)):
-            results.append(one.invert(damping))
+            results.append(one.invert(dampings[one.layer]))
     assign_last(
         [variable for one in layers for variable in one.preconditioner],
         [value for values, _ in results for value in values],
@@ -261,7 +271,7 @@ def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.T
 
 
 def _refresh(
-    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], count: tf.Tensor
+    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], size: tf.Tensor, count: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     batch, finite = batch.finite_or_zero()
     packed, old = old, _unpacked(old)
@@ -275,9 +285,9 @@ def _refresh(
         part = tf.cast(weight, batch.trace.dtype)
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-    new = [pack(factor) for factor in _flatten(averaged)]
+    new = [*(pack(factor) for factor in _flatten(averaged)), kronecker_trace(*averaged[0])]
     good = finite & sound & all_finite(*new)
-    values = [tf.where(good, now, before) for now, before in zip(new, _flatten(packed), strict=True)]
+    values = [tf.where(good, now, before) for now, before in zip(new, [*_flatten(packed), size], strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
 
 

@@ -1,4 +1,4 @@
-"""How far to step, and how much to damp.
+"""How far to step.
 
 The step `δ = −αΔ + μδ₀`, of the preconditioned gradient `Δ` and the previous step `δ₀`, minimises the quadratic model
 `M(δ) = ∇ᵀδ + ½ δᵀ(F + λI)δ` (Martens & Grosse 2015, §6.4 and §7, eq. 12) with exact products of the whole model's
@@ -9,45 +9,36 @@ second forward pass: the gradients `g_l(u)` of the recorder's tape are linear in
 Σ_l ⟨g_l(u), ā_l δ_l⟩`. In a graph the values of `g_l` are never computed, and a direction costs two products a
 layer: two directions more than a forward and backward pass, so that most steps extrapolate (`curvature.extrapolation`).
 
-λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, §6.5 of the same paper). The model
-says that `∇ᵀδ` vanishes at the step's end. `ρ = 1 − E[∇_{t+1}ᵀδ_t] / |E[∇_tᵀδ_t]|` with the next batch's gradient
-`∇_{t+1}` is 1 where that is so, less where steps overshoot: because the curvature was underestimated or, since the two
-batches are independent, because the step fitted the noise of its own batch. (The paper's own ratio is measured on the
-step's batch, cannot see noise, and takes one more forward pass.)
-
 The model is trusted as far as it can be: cross-entropies are quadratic over a few logits only, and where the predictive
 distribution is saturated `F_z` vanishes and bounds nothing, so that a batch of examples that are all but certain would
-be left at any distance. A step is cut where it moves the logits by more than `MAX_LOGIT_CHANGE`.
+be left at any distance. A step is cut where it moves the logits by more than `MAX_LOGIT_CHANGE`. And it is cut where it
+changes the network by more than a part of itself: what layers one after another do is linear in each of them, not in
+all, and their product changes by up to `Π (1 + ‖δ_l‖/‖W_l‖) − 1` of itself (deep relative trust, Bernstein et al. 2020,
+arXiv:2002.03432).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
+from keras_kpsvd.curvature.damping import Dampings
 from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
-
-# Slopes are averaged over some five steps. λ moves by a fifth a step at most: the paper's slower (19/20)^T1 every T1
-# steps spends the first hundred steps on the way down. Chosen on CURVES and MNIST with seed 0; see README.md.
-SLOPE_DECAY = 0.8
-DAMPING_FACTOR = 0.8
-DAMPING_RANGE = (1e-4, 1e3)
-
-# Conjugate gradients go on where the ratio of slopes is at least so much.
-KEEP_ABOVE = 0.5
 
 # Of the running average of the batch size: some twenty steps.
 ROWS_DECAY = 0.95
 
-RAISE_BELOW, LOWER_ABOVE = 0.0, 0.75
-
 # Root mean square, over examples, and over the outputs of a "bernoulli" (the classes of a "categorical" are summed).
 # Small batches of a classifier diverge without it; 1 and 2 did alike on scikit-learn's digits.
 MAX_LOGIT_CHANGE = 2.0
+
+# Of `relative_change`. MNIST's first step went wrong where it was 1.7; see benchmarks/README.md.
+MAX_RELATIVE_CHANGE = 1.0
 
 # A direction in weight space: for each layer a value for each of its `curvature_variables`.
 Direction = dict[RecordingLayer, list[tf.Tensor]]
@@ -115,45 +106,73 @@ class QuadraticModel(NamedTuple):
 def quadratic_model(
     joint: JointPass,
     directions: list[Direction],
-    damping: tf.Tensor,
+    dampings: Dampings,
     seed: tf.Tensor,
     known: list[list[tf.Tensor]] | None = None,
+    grams: dict[RecordingLayer, tf.Tensor] | None = None,
 ) -> QuadraticModel:
     """The quadratic model of the loss on a few directions in weight space.
 
     Args:
         joint: closed passes with persistent tapes.
         directions: `k` of them, each `{layer: values for its curvature variables}`.
-        damping: λ, scalar.
+        dampings: λ of each layer.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
         known: the changes of the outputs along each direction, where they are at hand.
+        grams: `layer_grams` of the directions, likewise.
     """
     tangents = [changes_of_outputs(joint, one) for one in directions] if known is None else known
     of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
-    places = range(len(directions))
-    pairs = {(at, to): inner(directions[at], directions[to]) for at in places for to in places if at <= to}
-    lengths = tf.stack([tf.stack([pairs[min(at, to), max(at, to)] for to in places]) for at in places])
-    curvature = tf.add_n(products) + tf.cast(damping, tf.float32) * lengths
-    return QuadraticModel(curvature, [change for change in changes if change is not None])
+    grams = layer_grams(directions) if grams is None else grams
+    damped = [tf.cast(dampings[layer], tf.float32) * gram for layer, gram in grams.items()]
+    return QuadraticModel(tf.add_n([*products, *damped]), [change for change in changes if change is not None])
 
 
-def inner(one: Direction, other: Direction) -> tf.Tensor:
-    """The Euclidean inner product of two directions, float32 scalar."""
+def inner_by_layer(one: Direction, other: Direction) -> Dampings:
+    """The Euclidean inner product of the parts of two directions in each layer, float32 scalars."""
     # Left out, axes would be a constant of its own for each sum.
     axes = functools.cache(lambda rank: tf.constant([*range(rank)]))
-    products = [
-        tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
+    return {
+        layer: tf.add_n(
+            [
+                tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
+                for value, of_other in zip(values, other[layer], strict=True)
+            ]
+        )
         for layer, values in one.items()
-        for value, of_other in zip(values, other[layer], strict=True)
-    ]
-    return tf.add_n(products)
+    }
+
+
+def inner(one: Direction, other: Direction, weights: Dampings | None = None) -> tf.Tensor:
+    """The Euclidean inner product of two directions, each layer's part times its weight if given; float32 scalar."""
+    products = inner_by_layer(one, other)
+    if weights is None:
+        return tf.add_n([*products.values()])
+    return tf.add_n([tf.cast(weights[layer], tf.float32) * product for layer, product in products.items()])
+
+
+def layer_grams(directions: list[Direction]) -> dict[RecordingLayer, tf.Tensor]:
+    """The Gram matrix, `[k, k]`, of the parts of `k` directions in each layer, float32."""
+    places = range(len(directions))
+    pairs = {(at, to): inner_by_layer(directions[at], directions[to]) for at in places for to in places if at <= to}
+    return {
+        layer: tf.stack([tf.stack([pairs[min(at, to), max(at, to)][layer] for to in places]) for at in places])
+        for layer in directions[0]
+    }
 
 
 def scaled(direction: Direction, factor: tf.Tensor) -> Direction:
     """A direction times a scalar."""
     return {layer: [value * tf.cast(factor, value.dtype) for value in values] for layer, values in direction.items()}
+
+
+def by_layer(direction: Direction, factors: Dampings) -> Direction:
+    """A direction, each layer's part times its own scalar."""
+    return {
+        layer: [value * tf.cast(factors[layer], value.dtype) for value in values] for layer, values in direction.items()
+    }
 
 
 def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -> StepCoefficients:
@@ -184,22 +203,55 @@ def fit_step(quadratic: tf.Tensor, slopes: tf.Tensor, largest_momentum: float) -
     return StepCoefficients(*tf.unstack(tf.math.divide_no_nan(tf.stack([rate, momentum]), lengths)))
 
 
-def trusted_part(step: StepCoefficients, logit_changes: list[tf.Tensor]) -> tf.Tensor:
-    """The part of a step, in (0, 1], after which no output has moved by more than `MAX_LOGIT_CHANGE`.
+def trusted_part(step: StepCoefficients, logit_changes: list[tf.Tensor], moved: tf.Tensor | float = 0.0) -> tf.Tensor:
+    """The part of a step, in (0, 1], after which no output has moved by more than `MAX_LOGIT_CHANGE`, and the network
+    by no more than `MAX_RELATIVE_CHANGE` of itself.
 
     Args:
         step: as fitted.
         logit_changes: of `QuadraticModel`, on the directions `Δ` and `δ₀`.
+        moved: `relative_change` of the step.
 
     Returns:
         float32 scalar; NaN where a change is.
     """
     coefficients = tf.stack([-step.rate, step.momentum])[:, None]
     squares = [tf.matmul(coefficients, tf.matmul(change, coefficients), transpose_a=True) for change in logit_changes]
-    if not squares:
-        return tf.constant(1.0)
-    length = tf.sqrt(tf.maximum(tf.reduce_max(tf.stack(squares)), 0.0))
-    return MAX_LOGIT_CHANGE / tf.maximum(length, MAX_LOGIT_CHANGE)
+    lengths = [tf.sqrt(tf.maximum(tf.reshape(one, []), 0.0)) / MAX_LOGIT_CHANGE for one in squares]
+    lengths.append(tf.convert_to_tensor(moved, tf.float32) / MAX_RELATIVE_CHANGE)
+    return 1 / tf.maximum(tf.reduce_max(tf.stack(lengths)), 1.0)
+
+
+def weight_sizes(layers: Iterable[RecordingLayer]) -> tf.Tensor:
+    """What changes of weights are measured against: `max(‖W_l‖, √(2 d_in d_out / (d_in + d_out)))`, bias included.
+
+    The second is the length of Glorot's initial weights, for layers that start at zero.
+
+    Returns:
+        `[layers]`, float32.
+    """
+    sizes = []
+    for layer in layers:
+        squares = [
+            tf.cast(tf.reduce_sum(tf.square(tf.convert_to_tensor(variable.value))), tf.float32)
+            for variable in layer.curvature_variables
+        ]
+        usual = sum(2 * d_in * d_out / (d_in + d_out) for d_in, d_out in layer.block_shapes)
+        sizes.append(tf.sqrt(tf.maximum(tf.add_n(squares), usual)))
+    return tf.stack(sizes)
+
+
+def relative_change(step: StepCoefficients, grams: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
+    """`Σ_l ‖δ_l‖ / ‖W_l‖`, float32 scalar.
+
+    Args:
+        step: as fitted.
+        grams: of `layer_grams`, on the directions `Δ` and `δ₀`, `[layers, 2, 2]`.
+        sizes: of `weight_sizes`.
+    """
+    coefficients = tf.stack([-step.rate, step.momentum])
+    squares = tf.einsum("i,lij,j->l", coefficients, grams, coefficients)
+    return tf.reduce_sum(tf.sqrt(tf.maximum(squares, 0.0)) / sizes)
 
 
 def share_of_batch(examples: tf.Tensor, usual: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -219,67 +271,3 @@ def share_of_batch(examples: tf.Tensor, usual: tf.Tensor) -> tuple[tf.Tensor, tf
     usual = tf.where(usual > 0, usual, examples)
     share = tf.where(examples < usual, tf.math.divide_no_nan(examples, usual), 1.0)
     return share, ROWS_DECAY * usual + (1 - ROWS_DECAY) * examples
-
-
-def holds_on_other_batches(averages: tf.Tensor) -> tf.Tensor:
-    """Whether the quadratic model of one batch is right about most of a step on the next, boolean scalar.
-
-    Conjugate gradients find the minimum of one batch's model. Where half of what they find is that batch's own noise,
-    ending them early is what keeps the step to what all batches share.
-
-    Args:
-        averages: as `follow_damping`. True before the first step.
-    """
-    return averages[1] <= (KEEP_ABOVE - 1) * averages[0]
-
-
-def follow_damping(
-    damping: tf.Tensor, averages: tf.Tensor, slope_before: tf.Tensor, slope_after: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The next λ from the slopes along the last step at its start and, on a new batch, at its end.
-
-    Args:
-        damping: λ, scalar.
-        averages: `[2]`, the running averages of the two slopes.
-        slope_before: `∇_tᵀδ_t`, not positive; zero where there was no step yet.
-        slope_after: `∇_{t+1}ᵀδ_t`, less what was expected of a step that was cut short.
-
-    Returns:
-        `(next λ, next averages)`, both float32.
-    """
-    averages = SLOPE_DECAY * averages + (1 - SLOPE_DECAY) * tf.stack([slope_before, slope_after])
-    ratio = 1 + tf.math.divide_no_nan(averages[1], averages[0])
-    factor = tf.where(
-        ratio > LOWER_ABOVE, DAMPING_FACTOR, tf.where(ratio < RAISE_BELOW, 1 / DAMPING_FACTOR, tf.ones_like(ratio))
-    )
-    factor = tf.where(averages[0] < 0, factor, tf.ones_like(factor))
-    return tf.clip_by_value(damping * factor, *DAMPING_RANGE), averages
-
-
-def control_after(
-    last: tf.Tensor,
-    damping: tf.Tensor,
-    averages: tf.Tensor,
-    slope_after: tf.Tensor,
-    slope: tf.Tensor,
-    trusted: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The state of the damping once a step is fitted, from the gradient at its start.
-
-    Over the trusted part `s` of the way to the model's minimum the slope falls to `1 − s` of what it was; what the next
-    gradient finds beyond that tells how far the model was right, in units of the `s` that it should have fallen by.
-
-    Args:
-        last: `[2]`, of the last step: the slope expected at its end, and the fall expected on the way (negative).
-        damping: λ.
-        averages: as `follow_damping`.
-        slope_after: the slope found along the last step, `∇ᵀδ₀`.
-        slope: of the new step at its start, `∇ᵀδ`.
-        trusted: its `s`.
-
-    Returns:
-        The next `(last, λ, averages)`.
-    """
-    expected, fall = tf.unstack(last)
-    damping, averages = follow_damping(damping, averages, fall, slope_after - expected)
-    return tf.stack([(1 - trusted) * slope, trusted * slope]), damping, averages

@@ -1,6 +1,6 @@
 """Mathematics of Kronecker-product approximations of a Fisher block: TensorFlow only, no Keras, no variables."""
 
-from .damping import DAMPING_RULES, DampingRule, factor_damping
+from .damping import DAMPING_RULES, DampingRule, factor_damping, kronecker_trace
 from .gram import gram_triples, row_gram, weighted_outer_products
 from .kronecker import KroneckerSum, recompress
 from .lanczos import golub_kahan_lanczos
@@ -51,6 +51,7 @@ __all__ = [
     "gram_triples",
     "invert_one_term",
     "joint_eigenbasis",
+    "kronecker_trace",
     "leading_eigenpairs",
     "leading_triples",
     "one_term_and_correction",

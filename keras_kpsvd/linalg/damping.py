@@ -45,3 +45,8 @@ def factor_damping(
     pi = tf.where(usable, divide_no_nan(tf.sqrt(tf.maximum(mean_a, 0)), tf.sqrt(tf.maximum(mean_g, 0))), one)
     root = tf.sqrt(damping)
     return pi * root, root / pi
+
+
+def kronecker_trace(A: tf.Tensor, G: tf.Tensor) -> tf.Tensor:
+    """`tr(A ⊗ G) = tr A · tr G`, scalar."""
+    return tf.linalg.trace(A) * tf.linalg.trace(G)

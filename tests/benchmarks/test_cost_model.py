@@ -137,8 +137,9 @@ def test_passes_over_directions_are_those_of_the_code():
             {layer: [tf.identity(v.value) for v in layer.curvature_variables] for layer in model.layers}
             for _ in range(2)
         ]
+        dampings = dict.fromkeys(model.layers, tf.constant(0.1))
         found, _ = conjugate_direction(
-            joint, directions[0], lambda one: one, directions[1], tf.constant(0.1), steps, 0.9, tf.constant([1, 2])
+            joint, directions[0], lambda one: one, directions[1], dampings, steps, 0.9, tf.constant([1, 2])
         )
         return found[model.layers[0]][0]
 

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense, likelihoods
-from keras_kpsvd.curvature import natural_gradient, step_control
+from keras_kpsvd.curvature import damping as damping_module
+from keras_kpsvd.curvature import natural_gradient
 from keras_kpsvd.curvature.conjugate import conjugate_direction, fisher_product
 from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.curvature.step_control import changes_of_outputs
@@ -145,7 +146,10 @@ def test_layers_that_no_output_depends_on_get_zeros():
 def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name, steps, cap):
     case, rng = _Case(name), np.random.default_rng(2)
     size, damping = len(case.fisher), 0.05
-    metric = case.fisher + damping * np.eye(size)
+    dampings = {layer: damping * (1 + index) for index, layer in enumerate(case.layers)}
+    of_weights = [np.full(tf.size(v), dampings[layer]) for layer in case.layers for v in layer.curvature_variables]
+    metric = case.fisher + np.diag(np.concatenate(of_weights))
+    dampings = {layer: tf.constant(value) for layer, value in dampings.items()}
     scales = np.exp(rng.normal(size=size))  # A preconditioner that is not the identity.
     gradient, noise = rng.normal(size=(2, size))
     previous = -np.linalg.solve(metric, gradient)  # Part of the way there.
@@ -157,7 +161,7 @@ def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name
             layer: [a * s for a, s in zip(values, scaling[layer], strict=True)] for layer, values in direction.items()
         }
 
-    arguments = (case.direction(gradient), precondition, case.direction(previous), tf.constant(damping))
+    arguments = (case.direction(gradient), precondition, case.direction(previous), dampings)
     found, changes = conjugate_direction(case.joint, *arguments, steps, cap, SEED)
     krylov = [scales * gradient]
     for _ in range(steps - 1):
@@ -182,14 +186,16 @@ def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name
 def test_a_gradient_of_zero_gives_no_step():
     case = _Case("linear")
     zeros = case.direction(np.zeros(len(case.fisher)))
-    found, _ = conjugate_direction(case.joint, zeros, lambda v: v, zeros, tf.constant(0.0), 3, 0.9, SEED)
+    found, _ = conjugate_direction(
+        case.joint, zeros, lambda v: v, zeros, dict.fromkeys(zeros, tf.constant(0.0)), 3, 0.9, SEED
+    )
     np.testing.assert_array_equal(case.flat(found), 0)
 
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_training_steps_are_those_of_the_dense_model(eager, monkeypatch):
     """The whole step of `fit`: Krylov space of the Kronecker preconditioner, the last step, the momentum's bounds."""
-    monkeypatch.setattr(step_control, "KEEP_ABOVE", -1e9)
+    monkeypatch.setattr(damping_module, "KEEP_ABOVE", -1e9)
     intervals = {"curvature_interval": 1, "inverse_interval": 1, "factor_decay": 0.0}
     optimizer = KPSVD(damping=DAMPING, fisher="exact", conjugate_steps=3, **intervals)
     model = compiled(tanh_network(), optimizer, run_eagerly=eager)

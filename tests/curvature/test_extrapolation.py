@@ -14,7 +14,7 @@ from keras_kpsvd.curvature.extrapolation import (
     needs_exact_fit,
     next_step,
 )
-from keras_kpsvd.curvature.step_control import QuadraticModel
+from keras_kpsvd.curvature.step_control import MAX_RELATIVE_CHANGE, QuadraticModel
 
 
 def _positive(rng, d):
@@ -85,17 +85,21 @@ def test_exact_products_are_taken_only_where_due_and_kept_as_taken():
         calls.append(1)
         return QuadraticModel(curvature, [change, change])
 
+    unmoved = lambda step: tf.constant(0.0)  # noqa: E731
     nothing = KeptModel(*(tf.zeros(shape) for shape in ((2, 2), (2, 2), (), (2,))))
-    step, trusted, kept = next_step(exact, tf.constant(True), nothing, slopes, 0.9, tf.constant(1.0))
+    step, trusted, kept = next_step(exact, tf.constant(True), nothing, slopes, 0.9, tf.constant(1.0), unmoved)
     assert len(calls) == 1
     np.testing.assert_array_equal(kept.curvature, curvature)
     np.testing.assert_array_equal(kept.logit_changes, 2 * change)
     np.testing.assert_allclose(kept.coefficients, [-step.rate, step.momentum])
     assert 0 < trusted <= 1
-    short, part, _ = next_step(exact, True, nothing, slopes, 0.9, tf.constant(0.25))
+    short, part, _ = next_step(exact, True, nothing, slopes, 0.9, tf.constant(0.25), unmoved)
     np.testing.assert_allclose([*short, part], 0.25 * np.array([step.rate, step.momentum, trusted]), rtol=1e-6)
-    calls.pop()
-    again, _, further = next_step(exact, tf.constant(False), kept, slopes, 0.9, tf.constant(1.0))
+    far, part, _ = next_step(exact, True, nothing, slopes, 0.9, tf.constant(0.25), lambda one: 1000 * one.rate)
+    assert float(part) == pytest.approx(0.25 * MAX_RELATIVE_CHANGE / (1000 * float(step.rate / trusted)), rel=1e-5)
+    np.testing.assert_allclose([*far], part / trusted * np.array([*step]), rtol=1e-5)
+    del calls[1:]
+    again, _, further = next_step(exact, tf.constant(False), kept, slopes, 0.9, tf.constant(1.0), unmoved)
     assert len(calls) == 1
     np.testing.assert_array_equal(further.curvature, extrapolate(kept, slopes[0])[0])
     assert again.rate > 0

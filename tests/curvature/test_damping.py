@@ -1,0 +1,90 @@
+"""λ: what it is measured in, and how it follows the slopes along the steps."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kpsvd.curvature import damping as module
+from keras_kpsvd.curvature.damping import control_after, damping_units, follow_damping, holds_on_other_batches
+
+
+def _units(traces, sizes):
+    return np.array(
+        [float(u) for u in damping_units([(tf.constant(t, tf.float32), n) for t, n in zip(traces, sizes, strict=True)])]
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_units_are_the_mean_curvature_of_all_weights(scale):
+    """However the loss is scaled; a layer of nearly the mean curvature is no exception."""
+    traces, sizes = np.array([3.0, 40.0, 0.5]) * scale, np.array([10, 20, 70])
+    np.testing.assert_allclose(_units(traces, sizes), np.full(3, traces.sum() / 100), rtol=1e-5)
+
+
+def test_a_layer_that_the_signal_hardly_reaches_has_its_own_unit():
+    traces, sizes = np.array([2.0, 1e-6, 0.0, 8.0]), np.array([10, 50, 20, 20])
+    mean = traces.sum() / 100
+    expected = [mean, 100 * 1e-6 / 50, 1e-10 * mean, mean]
+    np.testing.assert_allclose(_units(traces, sizes), expected, rtol=1e-5)
+
+
+def test_units_are_one_where_there_is_no_curvature_yet():
+    np.testing.assert_array_equal(_units([0.0, 0.0], [3, 4]), 1)
+
+
+@pytest.mark.parametrize(
+    ("after", "factor"),
+    [
+        pytest.param(0.0, 0.8, id="the model was right"),
+        pytest.param(-0.5, 0.8, id="the step was short"),
+        pytest.param(0.2, 0.8, id="ratio 0.8"),
+        pytest.param(0.5, 1.0, id="ratio 0.5"),
+        pytest.param(0.8, 1.0, id="ratio 0.2"),
+        pytest.param(1.1, 1 / 0.8, id="ratio -0.1"),
+        pytest.param(3.0, 1 / 0.8, id="overshot"),
+    ],
+)
+def test_damping_follows_the_ratio_of_the_averaged_slopes(after, factor):
+    damping, averages = tf.constant(10.0), tf.constant([0.0, 0.0])
+    before_sum, after_sum = 0.0, 0.0
+    for step in range(5):
+        damping, averages = follow_damping(damping, averages, tf.constant(-1.0), tf.constant(after))
+        assert float(damping) == pytest.approx(10 * factor ** (step + 1), rel=1e-5)
+        before_sum, after_sum = 0.8 * before_sum - 0.2, 0.8 * after_sum + 0.2 * after
+        np.testing.assert_allclose(averages, [before_sum, after_sum], rtol=1e-5, atol=1e-7)
+
+
+def test_damping_stays_where_there_was_no_step_yet():
+    damping, averages = follow_damping(tf.constant(10.0), tf.zeros(2), tf.constant(0.0), tf.constant(0.0))
+    assert float(damping) == pytest.approx(10)
+    np.testing.assert_array_equal(averages, 0)
+
+
+def test_damping_stays_within_its_range():
+    low, high = module.DAMPING_RANGE
+    falling, rising = tf.constant(low * 1.01), tf.constant(high * 0.99)
+    averages = other = tf.zeros(2)
+    for _ in range(3):
+        falling, averages = follow_damping(falling, averages, tf.constant(-1.0), tf.constant(0.0))
+        rising, other = follow_damping(rising, other, tf.constant(-1.0), tf.constant(2.0))
+    assert float(falling) == pytest.approx(low)
+    assert float(rising) == pytest.approx(high)
+
+
+@pytest.mark.parametrize("trusted", [1.0, 0.25])
+@pytest.mark.parametrize("curvature", [1.0, 2.5, 0.5])
+def test_steps_cut_short_judge_the_model_as_whole_ones_do(trusted, curvature):
+    """On `½ c w²` with a model of curvature 1 from w = 1 the ratio is 2 − c, however far the step went."""
+    slope = -trusted  # ∇ᵀδ with ∇ = c w = c; in units of c.
+    nothing = tf.zeros([2])
+    last, _, averages = control_after(nothing, tf.constant(1.0), nothing, tf.constant(0.0), tf.constant(slope), trusted)
+    after = slope * (1 - curvature * trusted)
+    _, damping, averages = control_after(last, tf.constant(1.0), averages, tf.constant(after), tf.constant(0.0), 1.0)
+    assert float(1 + averages[1] / averages[0]) == pytest.approx(2 - curvature, abs=1e-5)
+    assert float(damping) == pytest.approx({1.0: 0.8, 2.5: 1.25, 0.5: 0.8}[curvature])
+
+
+def test_conjugate_gradients_go_on_while_half_of_a_step_holds_on_the_next_batch():
+    for after, expected in ((0.49, True), (0.51, False), (-1.0, True)):
+        assert bool(holds_on_other_batches(tf.constant([-1.0, after]))) == expected
+    assert bool(holds_on_other_batches(tf.zeros(2)))
