@@ -74,16 +74,15 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             "adaptive", rate and momentum minimise the quadratic model along the preconditioned gradient and the
             previous step (Martens & Grosse 2015, §7), shortened where the logits of a "categorical" or "bernoulli"
             output would move by more than 2 (root mean square) or the network by more than itself (the sum over layers
-            of `‖δ_l‖/‖W_l‖`), and for batches smaller than the usual. Variables of
-            other layers train at the rate 0.01 (`optimizer.learning_rate` sets it).
+            of `‖δ_l‖/‖W_l‖`), and for batches smaller than the usual. Variables of other layers train at the rate 0.01
+            (`optimizer.learning_rate` sets it).
         method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
             second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive": `r` times the mean curvature of
-            all weights, or 100 times the layer's own where that is less; `r` starts at 10, follows how far the
-            quadratic model is right, and stays between 0.3 and 1e7 (`curvature.damping`). So nothing depends on the
-            scale of the loss. A number > 0 holds λ, the same for all layers.
+        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 3 times the mean
+            curvature of all weights, follows how far the quadratic model is right, and stays above 0.05 times that
+            mean: nothing depends on the scale of the loss (`curvature.damping`). A number > 0 holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method.
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).
@@ -241,7 +240,7 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             super().apply(grads, trainable_variables)
 
     def _apply_weight_decay(self, variables: list) -> None:
-        """Nothing here: weight decay is part of the step, which may be skipped whole; see `_step`."""
+        """Nothing: weight decay is part of the step, which may be skipped whole; see `_step`."""
 
     # AutoGraph would convert what a hand-written loop calls, to no avail.
     @tf.autograph.experimental.do_not_convert

@@ -1,17 +1,16 @@
-"""How much to damp: λ in units of the curvature that is there, by how right the quadratic model is.
+"""How much to damp: λ, within bounds of no scale, by how right the quadratic model is.
 
-A λ that fits one loss, one scale of inputs or one depth is meaningless for another. It is therefore `λ_l = r u_l` for
-layer `l`, with a number `r` that is the same for all and moves, and units of the Kronecker model `F̂_l` of a layer with
-`n_l` weights:
+A λ that fits one loss, one scale of inputs or one depth means nothing for another. It starts at, and stays within,
+multiples of the mean curvature of all weights, `m = Σ_l tr F̂_l / Σ_l n_l`, of the Kronecker models `F̂_l` of layers with
+`n_l` weights, so that training is the same for a loss multiplied by any number. And it is for layer `l`
 
-    u_l = min(u, 100 tr F̂_l / n_l),   u = Σ_l tr F̂_l / Σ_l n_l.
+    λ_l = λ min(1, 100 m_l / m),   m_l = tr F̂_l / n_l,
 
-`u` is the mean curvature of all weights. Measured so, training is the same for a loss multiplied by any number. The
-second bound is for layers that the signal hardly reaches: at the start of 30 ReLU layers the mean curvature differs by
-a factor of 1e9 between the last layer and the first, and a λ for the one would hold the other still for ever. With
-each layer's own unit for all (1 in place of 100) CURVES is thrown off instead; see benchmarks/README.md.
+less than for others where the signal hardly reaches the layer: at the start of 30 ReLU layers `m_l` differs by a factor
+of 1e9 between the last and the first, and a λ for the one would hold the other still for ever. (`λ_l = λ m_l / m` for
+all throws CURVES off; see benchmarks/README.md.)
 
-`r` follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, Martens & Grosse 2015, §6.5). The
+λ follows how the slope along a step changes (in the spirit of Levenberg–Marquardt, Martens & Grosse 2015, §6.5). The
 model says that `∇ᵀδ` vanishes at the step's end. `ρ = 1 − E[∇_{t+1}ᵀδ_t] / |E[∇_tᵀδ_t]|` with the next batch's gradient
 `∇_{t+1}` is 1 where that is so, less where steps overshoot: because the curvature was underestimated or, since the two
 batches are independent, because the step fitted the noise of its own batch. (The paper's own ratio is measured on the
@@ -29,14 +28,14 @@ from keras_kpsvd.layers import RecordingLayer
 # λ of each layer, float32 scalars.
 Dampings = dict[RecordingLayer, tf.Tensor]
 
-# Where r starts and between what it stays.
-INITIAL_DAMPING = 10.0
-DAMPING_RANGE = (0.3, 1e7)
+# Where λ starts and between what it stays, in units of the mean curvature.
+INITIAL_DAMPING = 3.0
+DAMPING_RANGE = (0.05, 1e7)
 
-# A layer's unit is at most so many times its own curvature, and at least the second part of all layers' together.
-REACH, LEAST_UNIT = 100.0, 1e-10
+# A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
+REACH, LEAST_PART = 100.0, 1e-10
 
-# Slopes are averaged over some five steps. r moves by a fifth a step at most: the paper's slower (19/20)^T1 every T1
+# Slopes are averaged over some five steps. λ moves by a fifth a step at most: the paper's slower (19/20)^T1 every T1
 # steps spends the first hundred steps on the way down. Chosen on CURVES and MNIST with seed 0; see README.md.
 SLOPE_DECAY = 0.8
 DAMPING_FACTOR = 0.8
@@ -46,20 +45,25 @@ RAISE_BELOW, LOWER_ABOVE = 0.0, 0.75
 KEEP_ABOVE = 0.5
 
 
-def damping_units(layers: Sequence[tuple[tf.Tensor, int]]) -> list[tf.Tensor]:
-    """`u_l` of each layer.
+def bounded_damping(damping: tf.Tensor, layers: Sequence[tuple[tf.Tensor, int]]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """λ within its bounds, and what it is for each layer.
 
     Args:
+        damping: λ as it was left, float32 scalar; 0 before the first step.
         layers: `(tr F̂_l, n_l)` of each, the first a float32 scalar, zero where it is not known.
 
     Returns:
-        As many positive float32 scalars; 1 where no layer has any curvature.
+        `(λ, [λ_l])`, positive float32 scalars. Where no layer has any curvature the mean is taken to be 1.
     """
     traces, sizes = zip(*layers, strict=True)
     traces, sizes = tf.stack(traces), tf.constant(sizes, tf.float32)
-    whole = tf.reduce_sum(traces / tf.reduce_sum(sizes))
-    units = tf.clip_by_value(REACH * traces / sizes, LEAST_UNIT * whole, whole)
-    return tf.unstack(tf.where(whole > 0, units, tf.ones_like(units)), len(layers))
+    mean = tf.reduce_sum(traces / tf.reduce_sum(sizes))
+    parts = tf.clip_by_value(tf.math.divide_no_nan(REACH * traces / sizes, mean), LEAST_PART, 1.0)
+    parts = tf.where(mean > 0, parts, tf.ones_like(parts))
+    mean = tf.where(mean > 0, mean, tf.ones_like(mean))
+    low, high = DAMPING_RANGE
+    damping = tf.where(damping > 0, tf.clip_by_value(damping, low * mean, high * mean), INITIAL_DAMPING * mean)
+    return damping, tf.unstack(damping * parts, len(layers))
 
 
 def holds_on_other_batches(averages: tf.Tensor) -> tf.Tensor:
@@ -77,16 +81,16 @@ def holds_on_other_batches(averages: tf.Tensor) -> tf.Tensor:
 def follow_damping(
     damping: tf.Tensor, averages: tf.Tensor, slope_before: tf.Tensor, slope_after: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The next `r` from the slopes along the last step at its start and, on a new batch, at its end.
+    """The next λ from the slopes along the last step at its start and, on a new batch, at its end.
 
     Args:
-        damping: `r`, scalar.
+        damping: λ, scalar.
         averages: `[2]`, the running averages of the two slopes.
         slope_before: `∇_tᵀδ_t`, not positive; zero where there was no step yet.
         slope_after: `∇_{t+1}ᵀδ_t`, less what was expected of a step that was cut short.
 
     Returns:
-        `(next r, next averages)`, both float32.
+        `(next λ, next averages)`, both float32.
     """
     averages = SLOPE_DECAY * averages + (1 - SLOPE_DECAY) * tf.stack([slope_before, slope_after])
     ratio = 1 + tf.math.divide_no_nan(averages[1], averages[0])
@@ -94,7 +98,7 @@ def follow_damping(
         ratio > LOWER_ABOVE, DAMPING_FACTOR, tf.where(ratio < RAISE_BELOW, 1 / DAMPING_FACTOR, tf.ones_like(ratio))
     )
     factor = tf.where(averages[0] < 0, factor, tf.ones_like(factor))
-    return tf.clip_by_value(damping * factor, *DAMPING_RANGE), averages
+    return damping * factor, averages
 
 
 def control_after(
@@ -112,14 +116,14 @@ def control_after(
 
     Args:
         last: `[2]`, of the last step: the slope expected at its end, and the fall expected on the way (negative).
-        damping: `r`.
+        damping: λ.
         averages: as `follow_damping`.
         slope_after: the slope found along the last step, `∇ᵀδ₀`.
         slope: of the new step at its start, `∇ᵀδ`.
         trusted: its `s`.
 
     Returns:
-        The next `(last, r, averages)`.
+        The next `(last, λ, averages)`.
     """
     expected, fall = tf.unstack(last)
     damping, averages = follow_damping(damping, averages, fall, slope_after - expected)

@@ -12,10 +12,9 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.conjugate import conjugate_direction
 from keras_kpsvd.curvature.damping import (
-    INITIAL_DAMPING,
     Dampings,
+    bounded_damping,
     control_after,
-    damping_units,
     holds_on_other_batches,
 )
 from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
@@ -97,7 +96,7 @@ class NaturalGradient:
             add_variable(shape=(), dtype="int64", name=name)
             for name in ("updates", "next_refresh", "next_inverse", "next_fit")
         )
-        start = INITIAL_DAMPING if self._moves else options.damping
+        start = 0.0 if self._moves else options.damping
         self._damping = add_variable(
             shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
         )
@@ -117,12 +116,13 @@ class NaturalGradient:
         """Whether the last step has to be known."""
         return self.options.adaptive or self._moves
 
-    def _dampings(self, blocks: Sequence[LayerCurvature]) -> Dampings:
-        """λ of each layer; a given number whatever a file brought."""
+    def dampings(self, blocks: Sequence[LayerCurvature]) -> tuple[tf.Tensor, Dampings]:
+        """λ, and what it is for each layer; a given number whatever a file brought."""
         if not self._moves:
-            return {block.layer: tf.constant(self.options.damping) for block in blocks}
-        units = damping_units([block.trace_and_size() for block in blocks])
-        return {block.layer: self._damping.value * unit for block, unit in zip(blocks, units, strict=True)}
+            damping = tf.constant(self.options.damping, tf.float32)
+            return damping, {block.layer: damping for block in blocks}
+        damping, of_layers = bounded_damping(self._damping.value, [block.trace_and_size() for block in blocks])
+        return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}
 
     def propose(
         self,
@@ -150,7 +150,7 @@ class NaturalGradient:
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
         observed = self._refresh(joint, blocks, seed, places, observer)
-        dampings = self._dampings(blocks)
+        damping, dampings = self.dampings(blocks)
         rebuilt = self._invert(blocks, dampings, places)
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
@@ -200,12 +200,10 @@ class NaturalGradient:
         if self.follows:
             slope = momentum * overlap - rate * descent
             state = (self._slope, self._damping, self._slope_averages)
-            values = control_after(*(one.value for one in state), overlap, slope, trusted)
+            values = control_after(self._slope.value, damping, self._slope_averages.value, overlap, slope, trusted)
             control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
         if observed is not None:
-            values = StepValues(
-                self.updates.value, tf.reduce_max(tf.stack([*dampings.values()])), rate, momentum, scale
-            )
+            values = StepValues(self.updates.value, damping, rate, momentum, scale)
             observer.step_is_computed(observed, values)
         finite = [tf.math.is_finite(part) for part in parts]
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))

@@ -5,31 +5,37 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd.curvature import damping as module
-from keras_kpsvd.curvature.damping import control_after, damping_units, follow_damping, holds_on_other_batches
+from keras_kpsvd.curvature.damping import bounded_damping, control_after, follow_damping, holds_on_other_batches
 
 
-def _units(traces, sizes):
-    return np.array(
-        [float(u) for u in damping_units([(tf.constant(t, tf.float32), n) for t, n in zip(traces, sizes, strict=True)])]
-    )
+def _bounded(damping, traces, sizes):
+    layers = [(tf.constant(trace, tf.float32), size) for trace, size in zip(traces, sizes, strict=True)]
+    whole, of_layers = bounded_damping(tf.constant(damping, tf.float32), layers)
+    return float(whole), np.array([float(one) for one in of_layers])
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_units_are_the_mean_curvature_of_all_weights(scale):
+def test_bounds_and_start_are_in_units_of_the_mean_curvature_of_all_weights(scale):
     """However the loss is scaled; a layer of nearly the mean curvature is no exception."""
     traces, sizes = np.array([3.0, 40.0, 0.5]) * scale, np.array([10, 20, 70])
-    np.testing.assert_allclose(_units(traces, sizes), np.full(3, traces.sum() / 100), rtol=1e-5)
+    mean, (low, high) = traces.sum() / 100, module.DAMPING_RANGE
+    cases = {0.0: module.INITIAL_DAMPING, 0.5 * low: low, 0.7: 0.7, 2 * high: high}
+    for before, expected in cases.items():
+        whole, of_layers = _bounded(before * mean, traces, sizes)
+        np.testing.assert_allclose([whole, *of_layers], np.full(4, expected * mean), rtol=1e-5)
 
 
-def test_a_layer_that_the_signal_hardly_reaches_has_its_own_unit():
+def test_a_layer_that_the_signal_hardly_reaches_is_damped_by_its_own_curvature():
     traces, sizes = np.array([2.0, 1e-6, 0.0, 8.0]), np.array([10, 50, 20, 20])
     mean = traces.sum() / 100
-    expected = [mean, 100 * 1e-6 / 50, 1e-10 * mean, mean]
-    np.testing.assert_allclose(_units(traces, sizes), expected, rtol=1e-5)
+    whole, of_layers = _bounded(5 * mean, traces, sizes)
+    assert whole == pytest.approx(5 * mean)
+    np.testing.assert_allclose(of_layers, 5 * np.array([mean, 100 * 1e-6 / 50, 1e-10 * mean, mean]), rtol=1e-5)
 
 
-def test_units_are_one_where_there_is_no_curvature_yet():
-    np.testing.assert_array_equal(_units([0.0, 0.0], [3, 4]), 1)
+def test_the_mean_is_taken_to_be_one_where_there_is_no_curvature_yet():
+    whole, of_layers = _bounded(0.0, [0.0, 0.0], [3, 4])
+    np.testing.assert_allclose([whole, *of_layers], module.INITIAL_DAMPING)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +64,6 @@ def test_damping_stays_where_there_was_no_step_yet():
     damping, averages = follow_damping(tf.constant(10.0), tf.zeros(2), tf.constant(0.0), tf.constant(0.0))
     assert float(damping) == pytest.approx(10)
     np.testing.assert_array_equal(averages, 0)
-
-
-def test_damping_stays_within_its_range():
-    low, high = module.DAMPING_RANGE
-    falling, rising = tf.constant(low * 1.01), tf.constant(high * 0.99)
-    averages = other = tf.zeros(2)
-    for _ in range(3):
-        falling, averages = follow_damping(falling, averages, tf.constant(-1.0), tf.constant(0.0))
-        rising, other = follow_damping(rising, other, tf.constant(-1.0), tf.constant(2.0))
-    assert float(falling) == pytest.approx(low)
-    assert float(rising) == pytest.approx(high)
 
 
 @pytest.mark.parametrize("trusted", [1.0, 0.25])

@@ -138,8 +138,8 @@ def test_a_waiting_state_that_does_not_fit_is_refused_at_every_step_and_a_given_
     other = network(KPSVD(seed=5, learning_rate=0.1, damping=5.0))
     other.load_weights(tmp_path / "full.weights.h5")
     other.optimizer.build(other.trainable_variables)
-    dampings = other.optimizer._natural._dampings(other.optimizer._blocks)
-    assert dampings and all(float(one) == 5.0 for one in dampings.values())
+    damping, of_layers = other.optimizer._natural.dampings(other.optimizer._blocks)
+    assert of_layers and all(float(one) == 5.0 for one in (damping, *of_layers.values()))
 
 
 def test_weights_of_a_model_that_another_optimizer_trained_are_loaded_and_its_state_is_left(tmp_path):
