@@ -20,7 +20,7 @@ from runs import SEARCH_SEED, Run
 FORMAT = 1  # of plan files; another number is another version's
 STUDIES = ("comparison", "errors", "ablation")
 TWO_TERM_METHODS = ("deflation", "lanczos", "kfac_corrected")
-FIXED_DAMPING = 0.003  # where the adaptive one starts
+FIXED_DAMPING = 0.003  # what the adaptive one started at when the committed report was made
 
 # KPSVD's own, of what the ablation changes. Keras is not imported to make a plan; a test holds them to the truth.
 DEFAULTS = {"conjugate_steps": 3, "curvature_interval": 5, "inverse_interval": 5}
