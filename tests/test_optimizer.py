@@ -30,16 +30,17 @@ def _directions(weights, x, y, method="kfac", damping=DAMPING, rule="sqrt", inde
     return gradients, steps
 
 
-def _adaptive_dampings(damping, weights, x):
-    """λ within its bounds, at first three times the mean curvature of all weights; and that of each layer.
+def _adaptive_dampings(damping, first, weights, x):
+    """λ, at least `3 √(m₀ m)` of mean curvatures then and now; that of each layer; and `m₀`.
 
     Less for a layer whose curvature is less than a hundredth of the mean.
     """
     factors = [reference.kfac_factors(*sample) for sample in reference.squared_error_samples(weights, x)]
     traces, sizes = np.array([np.trace(a) * np.trace(g) for a, g in factors]), np.array([w.size for w in weights])
     mean = traces.sum() / sizes.sum()
-    damping = 3 * mean if damping == 0 else np.clip(damping, 0.05 * mean, 1e7 * mean)
-    return damping, [damping * part for part in np.minimum(1, 100 * traces / sizes / mean)]
+    first = first or mean
+    damping = max(damping, 3 * np.sqrt(first * mean))
+    return damping, [damping * part for part in np.minimum(1, 100 * traces / sizes / mean)], first
 
 
 def _assert_close(actual, expected, start, tolerance):
@@ -161,12 +162,12 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
     weights = matrices(model)
     step = np.zeros(sum(w.size for w in weights))
     expected_damping, slope, averages = 0.0 if damping == "adaptive" else damping, np.zeros(2), np.zeros(2)
-    rates, momenta, factors, parts_taken = [], [], [], []
+    first, rates, momenta, factors, parts_taken = 0.0, [], [], [], []
     for number in range(10):
         x, y = problem(rows=6, seed=0 if number < 4 else number % 3)
         dampings = [expected_damping] * len(weights)
         if damping == "adaptive":
-            expected_damping, dampings = _adaptive_dampings(expected_damping, weights, x)
+            expected_damping, dampings, first = _adaptive_dampings(expected_damping, first, weights, x)
         gradients, directions = _directions(weights, x, y, damping=dampings)
         gradient, direction = (np.concatenate([m.reshape(-1) for m in parts]) for parts in (gradients, directions))
         of_weights = [np.full(w.size, lam) for w, lam in zip(weights, dampings, strict=True)]

@@ -1,8 +1,14 @@
 """How much to damp: λ, within bounds of no scale, by how right the quadratic model is.
 
-A λ that fits one loss, one scale of inputs or one depth means nothing for another. It starts at, and stays within,
-multiples of the mean curvature of all weights, `m = Σ_l tr F̂_l / Σ_l n_l`, of the Kronecker models `F̂_l` of layers with
-`n_l` weights, so that training is the same for a loss multiplied by any number. And it is for layer `l`
+A λ that fits one loss, one scale of inputs or one depth means nothing for another. It is measured by the mean curvature
+of all weights, `m = Σ_l tr F̂_l / Σ_l n_l`, of the Kronecker models `F̂_l` of layers with `n_l` weights, and by what that
+was at the first refresh, `m₀`:
+
+    λ ≥ 3 √(m₀ m),
+
+where it starts, so that training is the same for a loss multiplied by any number. In training `m` grows, up to a
+million times in deep networks: bounds in units of `m` alone ended up too high there, in units of `m₀` too low for
+auto-encoders. And it is for layer `l`
 
     λ_l = λ min(1, 100 m_l / m),   m_l = tr F̂_l / n_l,
 
@@ -28,9 +34,8 @@ from keras_kpsvd.layers import RecordingLayer
 # λ of each layer, float32 scalars.
 Dampings = dict[RecordingLayer, tf.Tensor]
 
-# Where λ starts and between what it stays, in units of the mean curvature.
-INITIAL_DAMPING = 3.0
-DAMPING_RANGE = (0.05, 1e7)
+# λ is at least the first times √(m₀ m) and at most the second times m.
+LOWEST, HIGHEST = 3.0, 1e7
 
 # A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
 REACH, LEAST_PART = 100.0, 1e-10
@@ -45,25 +50,30 @@ RAISE_BELOW, LOWER_ABOVE = 0.0, 0.75
 KEEP_ABOVE = 0.5
 
 
-def bounded_damping(damping: tf.Tensor, layers: Sequence[tuple[tf.Tensor, int]]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+def bounded_damping(
+    damping: tf.Tensor, initial: tf.Tensor, layers: Sequence[tuple[tf.Tensor, int]]
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
     """λ within its bounds, and what it is for each layer.
 
     Args:
         damping: λ as it was left, float32 scalar; 0 before the first step.
+        initial: `m₀`, float32 scalar; 0 before the first refresh.
         layers: `(tr F̂_l, n_l)` of each, the first a float32 scalar, zero where it is not known.
 
     Returns:
-        `(λ, [λ_l])`, positive float32 scalars. Where no layer has any curvature the mean is taken to be 1.
+        `(λ, [λ_l], m₀)`, float32 scalars; the first two are positive: where no layer has any curvature `m` and `m₀` are
+        taken to be 1 for them.
     """
     traces, sizes = zip(*layers, strict=True)
     traces, sizes = tf.stack(traces), tf.constant(sizes, tf.float32)
     mean = tf.reduce_sum(traces / tf.reduce_sum(sizes))
+    initial = tf.where(initial > 0, initial, mean)
     parts = tf.clip_by_value(tf.math.divide_no_nan(REACH * traces / sizes, mean), LEAST_PART, 1.0)
     parts = tf.where(mean > 0, parts, tf.ones_like(parts))
-    mean = tf.where(mean > 0, mean, tf.ones_like(mean))
-    low, high = DAMPING_RANGE
-    damping = tf.where(damping > 0, tf.clip_by_value(damping, low * mean, high * mean), INITIAL_DAMPING * mean)
-    return damping, tf.unstack(damping * parts, len(layers))
+    now, first = (tf.where(one > 0, one, tf.ones_like(one)) for one in (mean, initial))
+    # Not the root of a product, which may leave float32's range.
+    damping = tf.clip_by_value(damping, LOWEST * tf.sqrt(first) * tf.sqrt(now), HIGHEST * now)
+    return damping, tf.unstack(damping * parts, len(layers)), initial
 
 
 def holds_on_other_batches(averages: tf.Tensor) -> tf.Tensor:

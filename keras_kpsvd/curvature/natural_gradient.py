@@ -100,6 +100,7 @@ class NaturalGradient:
         self._damping = add_variable(
             shape=(), dtype="float32", name="damping", initializer=keras.initializers.Constant(start)
         )
+        self._initial = add_variable(shape=(), dtype="float32", name="initial_curvature")
         self._slope = add_variable(shape=(2,), dtype="float32", name="slope")
         self._slope_averages = add_variable(shape=(2,), dtype="float32", name="slope_averages")
         self._kept = [
@@ -116,13 +117,15 @@ class NaturalGradient:
         """Whether the last step has to be known."""
         return self.options.adaptive or self._moves
 
-    def dampings(self, blocks: Sequence[LayerCurvature]) -> tuple[tf.Tensor, Dampings]:
-        """λ, and what it is for each layer; a given number whatever a file brought."""
+    def dampings(self, blocks: Sequence[LayerCurvature]) -> tuple[tf.Tensor, Dampings, tf.Tensor]:
+        """`bounded_damping`, by layers; a given number whatever a file brought."""
+        initial = tf.convert_to_tensor(self._initial.value)
         if not self._moves:
             damping = tf.constant(self.options.damping, tf.float32)
-            return damping, {block.layer: damping for block in blocks}
-        damping, of_layers = bounded_damping(self._damping.value, [block.trace_and_size() for block in blocks])
-        return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}
+            return damping, {block.layer: damping for block in blocks}, initial
+        sizes = [block.trace_and_size() for block in blocks]
+        damping, of_layers, initial = bounded_damping(self._damping.value, initial, sizes)
+        return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}, initial
 
     def propose(
         self,
@@ -150,7 +153,7 @@ class NaturalGradient:
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
         observed = self._refresh(joint, blocks, seed, places, observer)
-        damping, dampings = self.dampings(blocks)
+        damping, dampings, initial = self.dampings(blocks)
         rebuilt = self._invert(blocks, dampings, places)
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
@@ -199,9 +202,10 @@ class NaturalGradient:
                 directions = scaled(directions, scale)
         if self.follows:
             slope = momentum * overlap - rate * descent
-            state = (self._slope, self._damping, self._slope_averages)
             values = control_after(self._slope.value, damping, self._slope_averages.value, overlap, slope, trusted)
-            control += [pair for pair in zip(state, values, strict=True) if self._moves or pair[0] is not self._damping]
+            control += [(self._slope, values[0]), (self._slope_averages, values[2])]
+            if self._moves:
+                control += [(self._damping, values[1]), (self._initial, initial)]
         if observed is not None:
             values = StepValues(self.updates.value, damping, rate, momentum, scale)
             observer.step_is_computed(observed, values)

@@ -8,34 +8,36 @@ from keras_kpsvd.curvature import damping as module
 from keras_kpsvd.curvature.damping import bounded_damping, control_after, follow_damping, holds_on_other_batches
 
 
-def _bounded(damping, traces, sizes):
+def _bounded(damping, initial, traces, sizes):
     layers = [(tf.constant(trace, tf.float32), size) for trace, size in zip(traces, sizes, strict=True)]
-    whole, of_layers = bounded_damping(tf.constant(damping, tf.float32), layers)
-    return float(whole), np.array([float(one) for one in of_layers])
+    whole, of_layers, first = bounded_damping(*(tf.constant(x, tf.float32) for x in (damping, initial)), layers)
+    return float(whole), np.array([float(one) for one in of_layers]), float(first)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 def test_bounds_and_start_are_in_units_of_the_mean_curvature_of_all_weights(scale):
     """However the loss is scaled; a layer of nearly the mean curvature is no exception."""
     traces, sizes = np.array([3.0, 40.0, 0.5]) * scale, np.array([10, 20, 70])
-    mean, (low, high) = traces.sum() / 100, module.DAMPING_RANGE
-    cases = {0.0: module.INITIAL_DAMPING, 0.5 * low: low, 0.7: 0.7, 2 * high: high}
-    for before, expected in cases.items():
-        whole, of_layers = _bounded(before * mean, traces, sizes)
-        np.testing.assert_allclose([whole, *of_layers], np.full(4, expected * mean), rtol=1e-5)
+    mean = traces.sum() / 100
+    whole, of_layers, first = _bounded(0.0, 0.0, traces, sizes)
+    np.testing.assert_allclose([whole, *of_layers, first], [3 * mean] * 4 + [mean], rtol=1e-5)
+    # A hundred times the curvature there was at first: the floor is ten times what it was.
+    for before, expected in {0.0: 0.3, 0.29: 0.3, 0.7: 0.7, 2e7: 1e7}.items():
+        whole, of_layers, first = _bounded(before * mean, mean / 100, traces, sizes)
+        np.testing.assert_allclose([whole, *of_layers, first], [expected * mean] * 4 + [mean / 100], rtol=1e-5)
 
 
 def test_a_layer_that_the_signal_hardly_reaches_is_damped_by_its_own_curvature():
     traces, sizes = np.array([2.0, 1e-6, 0.0, 8.0]), np.array([10, 50, 20, 20])
     mean = traces.sum() / 100
-    whole, of_layers = _bounded(5 * mean, traces, sizes)
+    whole, of_layers, _ = _bounded(5 * mean, mean, traces, sizes)
     assert whole == pytest.approx(5 * mean)
     np.testing.assert_allclose(of_layers, 5 * np.array([mean, 100 * 1e-6 / 50, 1e-10 * mean, mean]), rtol=1e-5)
 
 
-def test_the_mean_is_taken_to_be_one_where_there_is_no_curvature_yet():
-    whole, of_layers = _bounded(0.0, [0.0, 0.0], [3, 4])
-    np.testing.assert_allclose([whole, *of_layers], module.INITIAL_DAMPING)
+def test_without_any_curvature_it_is_positive_and_nothing_is_kept():
+    whole, of_layers, first = _bounded(0.0, 0.0, [0.0, 0.0], [3, 4])
+    np.testing.assert_allclose([whole, *of_layers, first], [module.LOWEST] * 3 + [0.0])
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_waiting_state_that_does_not_fit_is_refused_at_every_step_and_a_given_
     other = network(KPSVD(seed=5, learning_rate=0.1, damping=5.0))
     other.load_weights(tmp_path / "full.weights.h5")
     other.optimizer.build(other.trainable_variables)
-    damping, of_layers = other.optimizer._natural.dampings(other.optimizer._blocks)
+    damping, of_layers, _ = other.optimizer._natural.dampings(other.optimizer._blocks)
     assert of_layers and all(float(one) == 5.0 for one in (damping, *of_layers.values()))
 
 
