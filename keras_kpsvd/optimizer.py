@@ -73,8 +73,8 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
         learning_rate: "adaptive", or a float, `LearningRateSchedule` or callable as in every Keras optimizer. With
             "adaptive", rate and momentum minimise the quadratic model along the preconditioned gradient and the
             previous step (Martens & Grosse 2015, §7), shortened where the logits of a "categorical" or "bernoulli"
-            output would move by more than 2 (root mean square) or the network by more than itself (the sum over layers
-            of `‖δ_l‖/‖W_l‖`), and for batches smaller than the usual. Variables of other layers train at the rate 0.01
+            output would move by more than 2 (root mean square), where layers together would change by more than
+            themselves, and for batches smaller than the usual. Variables of other layers train at the rate 0.01
             (`optimizer.learning_rate` sets it).
         method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
             second term of the two-term methods is the best one with symmetric factors.

@@ -155,7 +155,7 @@ def test_factors_and_inverses_age_by_their_own_intervals():
         _assert_close(matrices(model), weights, start, 1e-5)
 
 
-@pytest.mark.parametrize(("damping", "bound"), [("adaptive", 1e9), ("adaptive", 0.3), (DAMPING, 1e9), (DAMPING, 0.6)])
+@pytest.mark.parametrize(("damping", "bound"), [("adaptive", 1e9), ("adaptive", 0.2), (DAMPING, 1e9), (DAMPING, 0.6)])
 def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slopes(damping, bound, monkeypatch):
     monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", bound)
     model = compiled(tanh_network(), KPSVD(damping=damping, fisher="exact", conjugate_steps=1, **EVERY_STEP))
@@ -181,7 +181,8 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
         step = basis @ [rate, momentum]
         ends = np.cumsum([w.size for w in weights])[:-1]
         sizes = [max(np.linalg.norm(w), np.sqrt(2 * w.size / sum(w.shape))) for w in weights]
-        change = sum(np.linalg.norm(part) / size for part, size in zip(np.split(step, ends), sizes, strict=True))
+        parts = [np.linalg.norm(part) / size for part, size in zip(np.split(step, ends), sizes, strict=True)]
+        change = np.sqrt(np.sum(parts) ** 2 - np.sum(np.square(parts)))
         part = min(1.0, bound / change)
         step *= part
         if damping == "adaptive":  # The ratio of slopes averaged over some five steps, and a fifth at most.

@@ -11,10 +11,12 @@ layer: two directions more than a forward and backward pass, so that most steps 
 
 The model is trusted as far as it can be: cross-entropies are quadratic over a few logits only, and where the predictive
 distribution is saturated `F_z` vanishes and bounds nothing, so that a batch of examples that are all but certain would
-be left at any distance. A step is cut where it moves the logits by more than `MAX_LOGIT_CHANGE`. And it is cut where it
-changes the network by more than a part of itself: what layers one after another do is linear in each of them, not in
-all, and their product changes by up to `Π (1 + ‖δ_l‖/‖W_l‖) − 1` of itself (deep relative trust, Bernstein et al. 2020,
-arXiv:2002.03432).
+be left at any distance. A step is cut where it moves the logits by more than `MAX_LOGIT_CHANGE`.
+
+And it is cut where layers change together by more than `MAX_RELATIVE_CHANGE`: what layers one after another do is
+linear in each of them, not in all. A product of matrices changes by up to `Π (1 + ρ_l) − 1` of itself, `ρ_l =
+‖δ_l‖/‖W_l‖` (deep relative trust, Bernstein et al. 2020, arXiv:2002.03432), of which the quadratic model knows what is
+linear, `Σ ρ_l`, but not the products of two and more.
 """
 
 from __future__ import annotations
@@ -242,7 +244,9 @@ def weight_sizes(layers: Iterable[RecordingLayer]) -> tf.Tensor:
 
 
 def relative_change(step: StepCoefficients, grams: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
-    """`Σ_l ‖δ_l‖ / ‖W_l‖`, float32 scalar.
+    """`√(Σ_{l≠k} ρ_l ρ_k)` with `ρ_l = ‖δ_l‖ / ‖W_l‖`: how far layers change together, float32 scalar.
+
+    About `Σ ρ_l` for many layers, and 0 for one: its outputs are linear in its weights.
 
     Args:
         step: as fitted.
@@ -251,7 +255,8 @@ def relative_change(step: StepCoefficients, grams: tf.Tensor, sizes: tf.Tensor) 
     """
     coefficients = tf.stack([-step.rate, step.momentum])
     squares = tf.einsum("i,lij,j->l", coefficients, grams, coefficients)
-    return tf.reduce_sum(tf.sqrt(tf.maximum(squares, 0.0)) / sizes)
+    parts = tf.sqrt(tf.maximum(squares, 0.0)) / sizes
+    return tf.sqrt(tf.maximum(tf.square(tf.reduce_sum(parts)) - tf.reduce_sum(tf.square(parts)), 0.0))
 
 
 def share_of_batch(examples: tf.Tensor, usual: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

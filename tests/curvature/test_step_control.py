@@ -259,24 +259,26 @@ def test_products_and_gram_matrices_of_layers_are_those_of_their_weights():
     assert float(inner(*directions[:2], weights)) == pytest.approx(weighted, rel=1e-5)
 
 
-def test_the_change_of_a_network_is_the_sum_of_its_layers_relative_changes():
+def test_the_change_of_a_network_is_that_of_its_layers_together():
     model, _, _ = _problem("linear")
     zeroed, *_ = layers = _instrumented(model)
     for variable in zeroed.curvature_variables:
         variable.assign(tf.zeros_like(variable))
     change, last = _directions(model, 2)
     step = StepCoefficients(tf.constant(0.3), tf.constant(0.8))
-    expected = 0.0
+    parts = []
     for layer in layers:
         moved = [0.8 * b.numpy() - 0.3 * a.numpy() for a, b in zip(change[layer], last[layer], strict=True)]
         weights = [variable.numpy() for variable in layer.curvature_variables]
         own, length = (np.sqrt(sum(np.square(v, dtype="float64").sum() for v in one)) for one in (weights, moved))
         ((rows, columns),) = layer.block_shapes
         glorot = np.sqrt(rows * columns * 2 / (rows + columns))  # Of variance 2 / (rows + columns) each.
-        expected += length / max(own, glorot)
+        parts.append(length / max(own, glorot))
     grams = tf.stack([*layer_grams([change, last]).values()])
     found = relative_change(step, grams, weight_sizes(layers))
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    mixed = [a * b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j]
+    assert len(mixed) > 1 and float(found) == pytest.approx(np.sqrt(sum(mixed)), rel=1e-5)
+    assert float(relative_change(step, 1e6 * grams[:1], weight_sizes(layers[:1]))) == 0
 
 
 def test_layers_are_measured_by_their_own_weights_where_these_are_large():
