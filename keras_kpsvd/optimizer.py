@@ -80,9 +80,9 @@ class KPSVD(AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD):
             second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 3 times the mean
-            curvature of all weights, stays above a floor that grows as its root, and follows how far the quadratic
-            model is right: nothing depends on the scale of the loss (`curvature.damping`). A number > 0 holds λ.
+        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at a thousandth of the
+            curvature along per-example gradients, stays above a floor that grows as its root, and follows how far the
+            quadratic model is right: nothing depends on the scale of the loss (`curvature.damping`). A number holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method.
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).

@@ -22,6 +22,7 @@ def _minimiser(matrix, slopes):
 
 
 def test_steps_between_exact_fits_minimise_the_extrapolated_model(monkeypatch):
+    monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", 1e9)
     monkeypatch.setattr(extrapolation, "EXACT_UPDATES", 2)
     monkeypatch.setattr(extrapolation, "FEWEST_EXAMPLES", 1)
     exact_products, sound = [], natural_gradient.quadratic_model

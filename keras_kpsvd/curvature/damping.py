@@ -1,16 +1,17 @@
 """How much to damp: λ, within bounds of no scale, by how right the quadratic model is.
 
-A λ that fits one loss, one scale of inputs or one depth means nothing for another. It is measured by the mean curvature
-of all weights, `m = Σ_l tr F̂_l / Σ_l n_l`, of the Kronecker models `F̂_l` of layers with `n_l` weights, and by what that
-was at the first refresh, `m₀`:
+A λ that fits one loss, one scale of inputs or one depth means nothing for another. It is measured by the curvature that
+per-example gradients see along themselves, `q = Σ_l tr F̂_l² / Σ_l tr F̂_l` of the layers' Kronecker models, and by what
+that was at the first refresh, `q₀`:
 
-    λ ≥ 3 √(m₀ m),
+    λ ≥ √(q₀ q) / 1000,
 
-where it starts, so that training is the same for a loss multiplied by any number. In training `m` grows, up to a
-million times in deep networks: bounds in units of `m` alone ended up too high there, in units of `m₀` too low for
-auto-encoders. And it is for layer `l`
+where it starts, so that training is the same for a loss multiplied by any number. In training `q` grows, up to a
+million times in deep networks: bounds in units of `q` alone ended up too high there, in units of `q₀` too low for
+auto-encoders, in units of mean curvatures too high where curvature is alike in all directions (logistic regression).
+And it is for layer `l` with `n_l` weights
 
-    λ_l = λ min(1, 100 m_l / m),   m_l = tr F̂_l / n_l,
+    λ_l = λ min(1, 100 m_l / m),   m_l = tr F̂_l / n_l,   m = Σ_l tr F̂_l / Σ_l n_l,
 
 less than for others where the signal hardly reaches the layer: at the start of 30 ReLU layers `m_l` differs by a factor
 of 1e9 between the last and the first, and a λ for the one would hold the other still for ever. (`λ_l = λ m_l / m` for
@@ -34,8 +35,8 @@ from keras_kpsvd.layers import RecordingLayer
 # λ of each layer, float32 scalars.
 Dampings = dict[RecordingLayer, tf.Tensor]
 
-# λ is at least the first times √(m₀ m) and at most the second times m.
-LOWEST, HIGHEST = 3.0, 1e7
+# λ is at least the first times √(q₀ q) and at most the second times q.
+LOWEST, HIGHEST = 1e-3, 1e4
 
 # A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
 REACH, LEAST_PART = 100.0, 1e-10
@@ -57,20 +58,22 @@ def bounded_damping(
 
     Args:
         damping: λ as it was left, float32 scalar; 0 before the first step.
-        initial: `m₀`, float32 scalar; 0 before the first refresh.
-        layers: `(tr F̂_l, n_l)` of each, the first a float32 scalar, zero where it is not known.
+        initial: `q₀`, float32 scalar; 0 before the first refresh.
+        layers: `((tr F̂_l, tr F̂_l² / tr F̂_l), n_l)` of each, the first a float32 tensor, zeros where it is not known.
 
     Returns:
-        `(λ, [λ_l], m₀)`, float32 scalars; the first two are positive: where no layer has any curvature `m` and `m₀` are
+        `(λ, [λ_l], q₀)`, float32 scalars; the first two are positive: where no layer has any curvature `q` and `q₀` are
         taken to be 1 for them.
     """
-    traces, sizes = zip(*layers, strict=True)
-    traces, sizes = tf.stack(traces), tf.constant(sizes, tf.float32)
-    mean = tf.reduce_sum(traces / tf.reduce_sum(sizes))
-    initial = tf.where(initial > 0, initial, mean)
-    parts = tf.clip_by_value(tf.math.divide_no_nan(REACH * traces / sizes, mean), LEAST_PART, 1.0)
-    parts = tf.where(mean > 0, parts, tf.ones_like(parts))
-    now, first = (tf.where(one > 0, one, tf.ones_like(one)) for one in (mean, initial))
+    moments, sizes = zip(*layers, strict=True)
+    traces, along = tf.unstack(tf.stack(moments), axis=1)
+    sizes = tf.constant(sizes, tf.float32)
+    total = tf.reduce_sum(traces)
+    whole = tf.reduce_sum(tf.math.divide_no_nan(traces, total) * along)
+    initial = tf.where(initial > 0, initial, whole)
+    parts = tf.math.divide_no_nan(traces, total) * (REACH * tf.reduce_sum(sizes) / sizes)
+    parts = tf.where(total > 0, tf.clip_by_value(parts, LEAST_PART, 1.0), tf.ones_like(parts))
+    now, first = (tf.where(one > 0, one, tf.ones_like(one)) for one in (whole, initial))
     # Not the root of a product, which may leave float32's range.
     damping = tf.clip_by_value(damping, LOWEST * tf.sqrt(first) * tf.sqrt(now), HIGHEST * now)
     return damping, tf.unstack(damping * parts, len(layers)), initial

@@ -123,7 +123,7 @@ class NaturalGradient:
         if not self._moves:
             damping = tf.constant(self.options.damping, tf.float32)
             return damping, {block.layer: damping for block in blocks}, initial
-        sizes = [block.trace_and_size() for block in blocks]
+        sizes = [block.moments_and_size() for block in blocks]
         damping, of_layers, initial = bounded_damping(self._damping.value, initial, sizes)
         return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}, initial
 

@@ -22,9 +22,9 @@ from keras_kpsvd.linalg import (
     apply_corrected,
     apply_one_term,
     correction_rank,
+    curvature_moments,
     factor_damping,
     invert_one_term,
-    kronecker_trace,
     one_term_and_correction,
     pack,
     packed_size,
@@ -85,7 +85,7 @@ class BlockCurvature:
         self.two_term = options.method in TWO_TERM_METHODS
         names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
         self._packed = [(add((packed_size(d_in),), a), add((packed_size(d_out),), g)) for a, g in names]
-        self.trace = add((), "trace")
+        self.moments = add((2,), "moments")
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
         self._inverses = []
         for side, size in (("A", d_in), ("G", d_out)):
@@ -122,16 +122,18 @@ class BlockCurvature:
             exact are not, and a scalar boolean.
         """
         old, count = self._terms(), tf.convert_to_tensor(self.count)
-        trace = tf.convert_to_tensor(self.trace)
+        moments = tf.convert_to_tensor(self.moments)
         try:
-            return traced_once(_refresh, self.options, batch, old, trace, count, sizes_matter=batch.sums_over_positions)
+            return traced_once(
+                _refresh, self.options, batch, old, moments, count, sizes_matter=batch.sums_over_positions
+            )
         except tf.errors.OpError:  # As in `invert`.
-            return [*_flatten(old), tf.convert_to_tensor(self.trace), count], tf.constant(False)
+            return [*_flatten(old), tf.convert_to_tensor(self.moments), count], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
-        return [*_flatten(self._packed), self.trace, self.count]
+        return [*_flatten(self._packed), self.moments, self.count]
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
@@ -193,10 +195,13 @@ class LayerCurvature:
             BlockCurvature(name, shape, dtype, options, add_variable) for name, shape in zip(names, shapes, strict=True)
         ]
 
-    def trace_and_size(self) -> tuple[tf.Tensor, int]:
-        """`tr F̂` of the first term, float32 scalar, 0 before the first refresh; and the number of weights."""
-        trace = tf.add_n([tf.cast(tf.convert_to_tensor(block.trace), tf.float32) for block in self.blocks])
-        return trace, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
+    def moments_and_size(self) -> tuple[tf.Tensor, int]:
+        """`linalg.curvature_moments` of the first term, `[2]` float32, 0 before the first refresh; how many weights."""
+        of_blocks = tf.stack([tf.cast(tf.convert_to_tensor(block.moments), tf.float32) for block in self.blocks])
+        traces, along = tf.unstack(of_blocks, axis=1)
+        trace = tf.reduce_sum(traces)
+        both = tf.stack([trace, tf.reduce_sum(tf.math.divide_no_nan(traces, trace) * along)])
+        return both, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
 
     def refresh(self, calls: list[LayerCall]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.refresh` of all blocks, good where all are."""
@@ -271,7 +276,7 @@ def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.T
 
 
 def _refresh(
-    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], size: tf.Tensor, count: tf.Tensor
+    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], moments: tf.Tensor, count: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     batch, finite = batch.finite_or_zero()
     packed, old = old, _unpacked(old)
@@ -285,9 +290,9 @@ def _refresh(
         part = tf.cast(weight, batch.trace.dtype)
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-    new = [*(pack(factor) for factor in _flatten(averaged)), kronecker_trace(*averaged[0])]
+    new = [*(pack(factor) for factor in _flatten(averaged)), curvature_moments(*averaged[0])]
     good = finite & sound & all_finite(*new)
-    values = [tf.where(good, now, before) for now, before in zip(new, [*_flatten(packed), size], strict=True)]
+    values = [tf.where(good, now, before) for now, before in zip(new, [*_flatten(packed), moments], strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
 
 

@@ -1,6 +1,6 @@
 """Mathematics of Kronecker-product approximations of a Fisher block: TensorFlow only, no Keras, no variables."""
 
-from .damping import DAMPING_RULES, DampingRule, factor_damping, kronecker_trace
+from .damping import DAMPING_RULES, DampingRule, curvature_moments, factor_damping
 from .gram import gram_triples, row_gram, weighted_outer_products
 from .kronecker import KroneckerSum, recompress
 from .lanczos import golub_kahan_lanczos
@@ -45,13 +45,13 @@ __all__ = [
     "apply_two_term",
     "cheapest_route",
     "correction_rank",
+    "curvature_moments",
     "damped_cholesky",
     "factor_damping",
     "golub_kahan_lanczos",
     "gram_triples",
     "invert_one_term",
     "joint_eigenbasis",
-    "kronecker_trace",
     "leading_eigenpairs",
     "leading_triples",
     "one_term_and_correction",

@@ -47,6 +47,20 @@ def factor_damping(
     return pi * root, root / pi
 
 
-def kronecker_trace(A: tf.Tensor, G: tf.Tensor) -> tf.Tensor:
-    """`tr(A ⊗ G) = tr A · tr G`, scalar."""
-    return tf.linalg.trace(A) * tf.linalg.trace(G)
+def curvature_moments(A: tf.Tensor, G: tf.Tensor) -> tf.Tensor:
+    """How much curvature `F = A ⊗ G` has, and how much of it gradients see.
+
+    Args:
+        A: `[d_in, d_in]`, symmetric positive semi-definite.
+        G: `[d_out, d_out]`, likewise.
+
+    Returns:
+        `(tr F, tr F² / tr F)`, `[2]`. The second is the mean of `gᵀFg / gᵀg` over gradients with `E[ggᵀ] = F`, each
+        weighted by its `gᵀg`. Zeros where `F` is zero.
+    """
+    trace, along = tf.ones([], A.dtype), tf.ones([], A.dtype)
+    for factor in (A, G):
+        own = tf.linalg.trace(factor)
+        trace *= own
+        along *= own * tf.reduce_sum(tf.square(divide_no_nan(factor, own)))
+    return tf.stack([trace, along])

@@ -6,38 +6,54 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature import damping as module
 from keras_kpsvd.curvature.damping import bounded_damping, control_after, follow_damping, holds_on_other_batches
+from keras_kpsvd.linalg import curvature_moments
 
 
-def _bounded(damping, initial, traces, sizes):
-    layers = [(tf.constant(trace, tf.float32), size) for trace, size in zip(traces, sizes, strict=True)]
+def _bounded(damping, initial, traces, along, sizes):
+    layers = [
+        (tf.constant([trace, one], tf.float32), size) for trace, one, size in zip(traces, along, sizes, strict=True)
+    ]
     whole, of_layers, first = bounded_damping(*(tf.constant(x, tf.float32) for x in (damping, initial)), layers)
     return float(whole), np.array([float(one) for one in of_layers]), float(first)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_bounds_and_start_are_in_units_of_the_mean_curvature_of_all_weights(scale):
+def test_bounds_and_start_are_in_units_of_the_curvature_that_gradients_see(scale):
     """However the loss is scaled; a layer of nearly the mean curvature is no exception."""
-    traces, sizes = np.array([3.0, 40.0, 0.5]) * scale, np.array([10, 20, 70])
-    mean = traces.sum() / 100
-    whole, of_layers, first = _bounded(0.0, 0.0, traces, sizes)
-    np.testing.assert_allclose([whole, *of_layers, first], [3 * mean] * 4 + [mean], rtol=1e-5)
+    traces, along, sizes = np.array([3.0, 40.0, 0.5]) * scale, np.array([2.0, 7.0, 30.0]) * scale, [10, 20, 70]
+    unit = traces @ along / traces.sum()
+    whole, of_layers, first = _bounded(0.0, 0.0, traces, along, sizes)
+    np.testing.assert_allclose([whole, *of_layers, first], [1e-3 * unit] * 4 + [unit], rtol=1e-5)
     # A hundred times the curvature there was at first: the floor is ten times what it was.
-    for before, expected in {0.0: 0.3, 0.29: 0.3, 0.7: 0.7, 2e7: 1e7}.items():
-        whole, of_layers, first = _bounded(before * mean, mean / 100, traces, sizes)
-        np.testing.assert_allclose([whole, *of_layers, first], [expected * mean] * 4 + [mean / 100], rtol=1e-5)
+    for before, expected in {0.0: 1e-4, 0.9e-4: 1e-4, 0.7: 0.7, 2e4: 1e4}.items():
+        whole, of_layers, first = _bounded(before * unit, unit / 100, traces, along, sizes)
+        np.testing.assert_allclose([whole, *of_layers, first], [expected * unit] * 4 + [unit / 100], rtol=1e-5)
 
 
 def test_a_layer_that_the_signal_hardly_reaches_is_damped_by_its_own_curvature():
     traces, sizes = np.array([2.0, 1e-6, 0.0, 8.0]), np.array([10, 50, 20, 20])
     mean = traces.sum() / 100
-    whole, of_layers, _ = _bounded(5 * mean, mean, traces, sizes)
-    assert whole == pytest.approx(5 * mean)
-    np.testing.assert_allclose(of_layers, 5 * np.array([mean, 100 * 1e-6 / 50, 1e-10 * mean, mean]), rtol=1e-5)
+    whole, of_layers, _ = _bounded(5.0, 1.0, traces, [1.0, 1.0, 0.0, 1.0], sizes)
+    assert whole == pytest.approx(5)
+    np.testing.assert_allclose(of_layers, [5, 5 * 100 * 1e-6 / 50 / mean, 5e-10, 5], rtol=1e-5)
 
 
 def test_without_any_curvature_it_is_positive_and_nothing_is_kept():
-    whole, of_layers, first = _bounded(0.0, 0.0, [0.0, 0.0], [3, 4])
+    whole, of_layers, first = _bounded(0.0, 0.0, [0.0, 0.0], [0.0, 0.0], [3, 4])
     np.testing.assert_allclose([whole, *of_layers, first], [module.LOWEST] * 3 + [0.0])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_moments_are_those_of_the_dense_kronecker_product(scale):
+    rng = np.random.default_rng(0)
+    a, g = (rng.normal(size=(size + 2, size)) for size in (5, 3))
+    a, g = scale * a.T @ a, g.T @ g / scale**0.5
+    dense = np.kron(a, g)
+    expected = [np.trace(dense), np.trace(dense @ dense) / np.trace(dense)]
+    np.testing.assert_allclose(
+        curvature_moments(tf.constant(a, tf.float32), tf.constant(g, tf.float32)), expected, 1e-5
+    )
+    np.testing.assert_array_equal(curvature_moments(tf.zeros([3, 3]), tf.eye(2)), 0)
 
 
 @pytest.mark.parametrize(
