@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kpsvd import optimizer as optimizer_module
+from keras_kpsvd import steps
 from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
 from keras_kpsvd.curvature.failures import Failures
 from keras_kpsvd.linalg import gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
@@ -117,11 +117,11 @@ _LINALG = (gram, kronecker, lanczos, rearrangement, singular, solve, triples, tr
 GUARDS: dict[str, tuple[str, list[Replacement]]] = {
     "gradient": (
         "the gradient is finite, else the step is skipped",
-        [(optimizer_module, "_is_finite", passes), (optimizer_module, "tf", Folding())],
+        [(steps, "_is_finite", passes), (steps, "tf", Folding())],
     ),
     "step": (
         "the preconditioned gradient and its length are finite, else the step is skipped",
-        [*trusting(natural_gradient), (optimizer_module, "tf", Folding())],
+        [*trusting(natural_gradient), (steps, "tf", Folding())],
     ),
     "factors": (
         "samples and new factors are finite, and exact triples exact, else the old ones stay",

@@ -28,6 +28,7 @@ from keras_kpsvd.curvature.step_control import (
     Direction,
     StepCoefficients,
     inner,
+    inner_by_layer,
     layer_grams,
     quadratic_model,
     relative_change,
@@ -177,7 +178,7 @@ class NaturalGradient:
             directions = dict(zip(gradients, found, strict=True))
         else:
             directions = precondition(gradients)
-        parts = [inner({one: directions[one]}, gradients) for one in directions]
+        parts = [*inner_by_layer(directions, gradients).values()]
         descent = tf.add_n(parts)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
         overlap, trusted = tf.constant(0.0), tf.constant(1.0)
