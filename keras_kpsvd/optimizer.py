@@ -75,7 +75,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             second term of the two-term methods is the best one with symmetric factors.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
-        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at a thousandth of the
+        damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 0.002 times the
             curvature along per-example gradients, stays above a floor that grows as its root, and follows how far the
             quadratic model is right: nothing depends on the scale of the loss (`curvature.damping`). A number holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse

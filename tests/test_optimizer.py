@@ -31,7 +31,7 @@ def _directions(weights, x, y, method="kfac", damping=DAMPING, rule="sqrt", inde
 
 
 def _adaptive_dampings(damping, first, weights, x):
-    """λ, at least `√(q₀ q) / 1000` of the curvature that gradients see, then and now; that of each layer; and `q₀`.
+    """λ, at least `0.002 √(q₀ q)` of the curvature that gradients see, then and now; that of each layer; and `q₀`.
 
     Less for a layer whose curvature is less than a hundredth of the mean.
     """
@@ -39,7 +39,7 @@ def _adaptive_dampings(damping, first, weights, x):
     traces, sizes = np.array([np.trace(a) * np.trace(g) for a, g in factors]), np.array([w.size for w in weights])
     seen = sum(np.sum(a * a) * np.sum(g * g) for a, g in factors) / traces.sum()  # tr F² / tr F of the whole.
     first, mean = first or seen, traces.sum() / sizes.sum()
-    damping = max(damping, 1e-3 * np.sqrt(first * seen))
+    damping = max(damping, 2e-3 * np.sqrt(first * seen))
     return damping, [damping * part for part in np.minimum(1, 100 * traces / sizes / mean)], first
 
 

@@ -4,7 +4,7 @@ A λ that fits one loss, one scale of inputs or one depth means nothing for anot
 per-example gradients see along themselves, `q = Σ_l tr F̂_l² / Σ_l tr F̂_l` of the layers' Kronecker models, and by what
 that was at the first refresh, `q₀`:
 
-    λ ≥ √(q₀ q) / 1000,
+    λ ≥ 0.002 √(q₀ q),
 
 where it starts, so that training is the same for a loss multiplied by any number. In training `q` grows, up to a
 million times in deep networks: bounds in units of `q` alone ended up too high there, in units of `q₀` too low for
@@ -36,7 +36,7 @@ from keras_kpsvd.layers import RecordingLayer
 Dampings = dict[RecordingLayer, tf.Tensor]
 
 # λ is at least the first times √(q₀ q) and at most the second times q.
-LOWEST, HIGHEST = 1e-3, 1e4
+LOWEST, HIGHEST = 2e-3, 1e4
 
 # A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
 REACH, LEAST_PART = 100.0, 1e-10

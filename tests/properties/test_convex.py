@@ -97,7 +97,7 @@ def test_the_loss_of_linear_regression_falls_in_every_epoch_to_the_least_squares
     losses, best = _losses_and_best(_trained("mse", method), *case)
     # Weights are rounded to float32.
     assert (np.diff(losses) <= 1e-6 * losses[:-1]).all()
-    # λ has its floor: directions of less than a thousandth of the curvature that gradients see take their time.
+    # λ has its floor: directions of less than some thousandths of the curvature that gradients see take their time.
     assert losses[-1] - best < 0.1 * (losses[0] - best)
 
 
