@@ -22,6 +22,7 @@ from keras_kpsvd.curvature.damping import Dampings
 from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.curvature.step_control import Direction, by_layer, changes_of_outputs, inner, scaled
 from keras_kpsvd.layers import ForwardPass, at_least_float32
+from keras_kpsvd.linalg import sum_in_order
 
 
 def conjugate_direction(
@@ -66,7 +67,7 @@ def conjugate_direction(
             likelihoods.fisher_inner(head, [tangent, other], seed)[0]
             for head, tangent, other in zip(joint.heads(), tangents[-1], last, strict=True)
         ]
-        curvature, mixed = tf.unstack(tf.add_n(products))
+        curvature, mixed = tf.unstack(sum_in_order(products))
         curvature += inner(along, along, dampings)
         mixed += inner(along, previous, dampings)
         lengths.append(tf.math.divide_no_nan(slope, curvature))

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_kpsvd.curvature.step_control import QuadraticModel, StepCoefficients, fit_step, trusted_part
+from keras_kpsvd.linalg import sum_in_order
 
 # Updates from the start of training in which every fit is exact.
 EXACT_UPDATES = 50
@@ -133,7 +134,7 @@ def next_step(
     def computed():
         model = exact()
         changes = model.logit_changes
-        return model.curvature, tf.add_n(changes) if changes else tf.zeros([2, 2])
+        return model.curvature, sum_in_order(changes) if changes else tf.zeros([2, 2])
 
     curvature, changes = computed() if due is True else tf.cond(due, computed, lambda: extrapolate(kept, slopes[0]))
     fitted = fit_step(curvature, slopes, largest_momentum)

@@ -37,6 +37,7 @@ from keras_kpsvd.curvature.step_control import (
     weight_sizes,
 )
 from keras_kpsvd.layers import RecordingLayer
+from keras_kpsvd.linalg import sum_in_order
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class NaturalGradient:
         else:
             directions = precondition(gradients)
         parts = [*inner_by_layer(directions, gradients).values()]
-        descent = tf.add_n(parts)
+        descent = sum_in_order(parts)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
         overlap, trusted = tf.constant(0.0), tf.constant(1.0)
         scale = trusted

@@ -18,6 +18,7 @@ from keras_kpsvd.curvature.placement import on
 from keras_kpsvd.curvature.reduction import LayerCall
 from keras_kpsvd.curvature.samples import cotangents, layer_calls, pass_heads, pull_back
 from keras_kpsvd.layers import ForwardPass, RecordingLayer
+from keras_kpsvd.linalg import sum_in_order
 
 
 def joint_pass(
@@ -195,7 +196,7 @@ class JointPass:
             return results[0]
         values = [list(of_value) for of_value in zip(*results, strict=True)]
         if self._strategy is None:
-            return [tf.add_n(parts) for parts in values]
+            return [sum_in_order(parts) for parts in values]
         rows = _gather(self._strategy, [[part[tf.newaxis] for part in parts] for parts in values])
         return [tf.reduce_sum(one, 0) for one in rows]
 

@@ -31,6 +31,7 @@ from keras_kpsvd import likelihoods
 from keras_kpsvd.curvature.damping import Dampings
 from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.layers import ForwardPass, RecordingLayer, at_least_float32
+from keras_kpsvd.linalg import sum_in_order
 
 # Of the running average of the batch size: some twenty steps.
 ROWS_DECAY = 0.95
@@ -129,7 +130,7 @@ def quadratic_model(
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
     grams = layer_grams(directions) if grams is None else grams
     damped = [tf.cast(dampings[layer], tf.float32) * gram for layer, gram in grams.items()]
-    return QuadraticModel(tf.add_n([*products, *damped]), [change for change in changes if change is not None])
+    return QuadraticModel(sum_in_order([*products, *damped]), [change for change in changes if change is not None])
 
 
 def inner_by_layer(one: Direction, other: Direction) -> Dampings:
@@ -137,11 +138,9 @@ def inner_by_layer(one: Direction, other: Direction) -> Dampings:
     # Left out, axes would be a constant of its own for each sum.
     axes = functools.cache(lambda rank: tf.constant([*range(rank)]))
     return {
-        layer: tf.add_n(
-            [
-                tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
-                for value, of_other in zip(values, other[layer], strict=True)
-            ]
+        layer: sum_in_order(
+            tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
+            for value, of_other in zip(values, other[layer], strict=True)
         )
         for layer, values in one.items()
     }
@@ -151,8 +150,8 @@ def inner(one: Direction, other: Direction, weights: Dampings | None = None) -> 
     """The Euclidean inner product of two directions, each layer's part times its weight if given; float32 scalar."""
     products = inner_by_layer(one, other)
     if weights is None:
-        return tf.add_n([*products.values()])
-    return tf.add_n([tf.cast(weights[layer], tf.float32) * product for layer, product in products.items()])
+        return sum_in_order(products.values())
+    return sum_in_order(tf.cast(weights[layer], tf.float32) * product for layer, product in products.items())
 
 
 def layer_grams(directions: list[Direction]) -> dict[RecordingLayer, tf.Tensor]:
@@ -239,7 +238,7 @@ def weight_sizes(layers: Iterable[RecordingLayer]) -> tf.Tensor:
             for variable in layer.curvature_variables
         ]
         usual = sum(2 * d_in * d_out / (d_in + d_out) for d_in, d_out in layer.block_shapes)
-        sizes.append(tf.sqrt(tf.maximum(tf.add_n(squares), usual)))
+        sizes.append(tf.sqrt(tf.maximum(sum_in_order(squares), usual)))
     return tf.stack(sizes)
 
 

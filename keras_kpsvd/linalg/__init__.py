@@ -22,6 +22,7 @@ from .solve import (
     one_term_and_correction,
     two_term_denominators,
 )
+from .sums import sum_in_order
 from .triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
 from .truncated import TruncatedInverse, leading_eigenpairs, truncated_inverse
 
@@ -62,6 +63,7 @@ __all__ = [
     "row_gram",
     "rows_of",
     "size_of",
+    "sum_in_order",
     "truncated_inverse",
     "two_term_denominators",
     "unpack",

@@ -1,0 +1,26 @@
+"""Sums that round alike, whichever of their terms' memory is free."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_kpsvd.linalg import sum_in_order
+
+
+@pytest.mark.parametrize("fresh", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("size", [1, 1000])
+def test_terms_are_added_in_the_order_given(fresh, size):
+    """`(2²⁵ − 2²⁵) + 1`; in float32 both other orders give 0. `tf.add_n` starts with the first term that is fresh."""
+
+    @tf.function(autograph=False)
+    def total(zero, *terms):
+        return sum_in_order(
+            tf.cond(zero == 0, lambda: one * 2.0, lambda: one) if new else one
+            for one, new in zip(terms, fresh, strict=True)
+        )
+
+    terms = [np.full(size, value, "float32") for value in (2.0**25, -(2.0**25), 1.0)]
+    parts = [tf.constant(term / 2.0 if new else term) for term, new in zip(terms, fresh, strict=True)]
+    np.testing.assert_array_equal(total(tf.constant(0), *parts), np.ones(size))
