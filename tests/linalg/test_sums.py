@@ -14,12 +14,12 @@ from keras_kpsvd.linalg import sum_in_order
 def test_terms_are_added_in_the_order_given(fresh, size):
     """`(2²⁵ − 2²⁵) + 1`; in float32 both other orders give 0. `tf.add_n` starts with the first term that is fresh."""
 
+    def doubled(zero, term):
+        return tf.cond(zero == 0, lambda: term * 2.0, lambda: term)
+
     @tf.function(autograph=False)
     def total(zero, *terms):
-        return sum_in_order(
-            tf.cond(zero == 0, lambda: one * 2.0, lambda: one) if new else one
-            for one, new in zip(terms, fresh, strict=True)
-        )
+        return sum_in_order(doubled(zero, one) if new else one for one, new in zip(terms, fresh, strict=True))
 
     terms = [np.full(size, value, "float32") for value in (2.0**25, -(2.0**25), 1.0)]
     parts = [tf.constant(term / 2.0 if new else term) for term, new in zip(terms, fresh, strict=True)]
