@@ -122,8 +122,8 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
     weights = block.d_in * block.d_out
     precondition, tangent = costs.precondition(block, RANK), costs.tangent(block, batch)
     conjugate = [*tangent, *costs.cotangent(block, batch), *precondition, *costs.conjugate_vectors(block)]
-    # Of two directions: the inner products among them and with the gradient, four passes each.
-    model = [*tangent, *tangent, costs.passes(weights, 16)]
+    # Of two directions: their inner products with each other and with the gradient, their lengths and the weights'.
+    model = [*tangent, *tangent, costs.passes(weights, 11)]
     refresh, inversion = costs.refresh(block, batch, used), costs.inversion(block, RANK)
     gradient = [*costs.gradient(block, batch), *costs.update(block)]
     now_and_then = [costs.Cost(one.flops / intervals, one.moved / intervals) for one in (*refresh, *inversion)]

@@ -14,81 +14,113 @@ too: `−Σ α_i p_i + μ (δ₀ − Σ c_i p_i)`, `c_i = p_iᵀMδ₀ / p_iᵀM
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_kpsvd import likelihoods
 from keras_kpsvd.curvature.damping import Dampings
 from keras_kpsvd.curvature.replicas import JointPass
-from keras_kpsvd.curvature.step_control import Direction, by_layer, changes_of_outputs, inner, scaled
+from keras_kpsvd.curvature.step_control import (
+    Direction,
+    LastStep,
+    by_layer,
+    changes_of_outputs,
+    inner,
+    inner_by_layer,
+    of_layers,
+    scaled,
+)
 from keras_kpsvd.layers import ForwardPass, at_least_float32
 from keras_kpsvd.linalg import sum_in_order
+
+
+class Conjugate(NamedTuple):
+    """What conjugate gradients found.
+
+    Attributes:
+        direction: `x`.
+        overlaps: `xᵀδ₀` of each layer, `[layers]` float32.
+        changes: of the outputs of every head, along `x` and along `δ₀`.
+    """
+
+    direction: Direction
+    overlaps: tf.Tensor
+    changes: list[list[tf.Tensor]]
 
 
 def conjugate_direction(
     joint: JointPass,
     gradients: Direction,
     precondition: Callable[[Direction], Direction],
-    previous: Direction,
+    last: LastStep,
     dampings: Dampings,
     steps: int,
     largest_momentum: float,
     seed: tf.Tensor,
-) -> tuple[Direction, list[list[tf.Tensor]]]:
+) -> Conjugate:
     """The `x` of the step `−x + μδ₀` that minimises the quadratic model over a Krylov space and the last step.
+
+    Passes over whole directions are what a step of small batches pays for: none is made twice. `p_iᵀ∇` is `r_iᵀz_i`
+    since residuals are orthogonal to the directions before them, `xᵀδ₀` the sum of those of the directions.
 
     Args:
         joint: closed passes with persistent tapes.
         gradients: `∇`.
-        precondition: a positive definite linear map of directions, `F̂_λ⁻¹`.
-        previous: `δ₀`, zeros for none.
+        precondition: a symmetric positive definite linear map of directions, `F̂_λ⁻¹`.
+        last: `δ₀`, zeros for none.
         dampings: λ of each layer.
         steps: 1 or more. Each takes one product `Jp`, each but the last one a product with `Jᵀ` and one with `F̂_λ⁻¹`.
         largest_momentum: the cap of `μ`, which is not negative.
         seed: `[2]` integers; as `likelihoods.fisher_inner`.
 
     Returns:
-        `x`, and the changes of the outputs of every head along `x` and along `δ₀`. Zeros where there is no curvature at
-        all, not even damping. Where `x` would not be a descent direction `μ` is taken to be 0.
+        Zeros where there is no curvature at all, not even damping. Where `x` would not be a descent direction `μ` is
+        taken to be 0.
     """
     residual = {layer: [at_least_float32(value) for value in values] for layer, values in gradients.items()}
+    weights = of_layers(dampings, residual)
     along = precondition(residual)
     slope = inner(residual, along)
-    last = changes_of_outputs(joint, previous)
-    whole, remaining_slope = inner(previous, previous, dampings), inner(gradients, previous)
-    for head, tangent in zip(joint.heads(), last, strict=True):
+    before = changes_of_outputs(joint, last.step)
+    whole, remaining_slope = tf.reduce_sum(weights * last.squares), last.slope
+    for head, tangent in zip(joint.heads(), before, strict=True):
         whole += likelihoods.fisher_inner(head, [tangent], seed)[0, 0]
     remaining = whole
-    directions, tangents, lengths, overlaps, descents = [], [], [], [], []
+    directions, tangents, lengths, shares, descents, overlaps = [], [], [], [], [], []
     for number in range(steps):
         directions.append(along)
         tangents.append(changes_of_outputs(joint, along))
         products = [
             likelihoods.fisher_inner(head, [tangent, other], seed)[0]
-            for head, tangent, other in zip(joint.heads(), tangents[-1], last, strict=True)
+            for head, tangent, other in zip(joint.heads(), tangents[-1], before, strict=True)
         ]
         curvature, mixed = tf.unstack(sum_in_order(products))
-        curvature += inner(along, along, dampings)
-        mixed += inner(along, previous, dampings)
+        overlaps.append(inner_by_layer(along, last.step))
+        curvature += tf.reduce_sum(weights * inner_by_layer(along, along))
+        mixed += tf.reduce_sum(weights * overlaps[-1])
         lengths.append(tf.math.divide_no_nan(slope, curvature))
-        overlaps.append(tf.math.divide_no_nan(mixed, curvature))
+        shares.append(tf.math.divide_no_nan(mixed, curvature))
         # What is left of `δ₀` once it is made conjugate to this direction as well.
-        remaining -= overlaps[-1] * mixed
-        descents.append(inner(gradients, along) if number else slope)
-        remaining_slope -= overlaps[-1] * descents[-1]
+        remaining -= shares[-1] * mixed
+        descents.append(slope)
+        remaining_slope -= shares[-1] * slope
         if number + 1 == steps:
             break
-        image = _plus(fisher_product(joint, list(residual), tangents[-1], seed), by_layer(along, dampings))
-        residual = _plus(residual, scaled(image, -lengths[-1]))
+        image = fisher_product(joint, list(residual), tangents[-1], seed, lengths[-1])
+        image = _plus(image, by_layer(along, lengths[-1] * weights))
+        residual = {layer: [r - i for r, i in zip(residual[layer], image[layer], strict=True)] for layer in residual}
         preconditioned = precondition(residual)
-        before, slope = slope, inner(residual, preconditioned)
-        along = _plus(preconditioned, scaled(along, tf.math.divide_no_nan(slope, before)))
+        former, slope = slope, inner(residual, preconditioned)
+        along = _plus(preconditioned, scaled(along, tf.math.divide_no_nan(slope, former)))
     momentum = tf.clip_by_value(tf.math.divide_no_nan(-remaining_slope, remaining), 0.0, largest_momentum)
-    lengths, overlaps, descents = tf.stack(lengths), tf.stack(overlaps), tf.stack(descents)
+    lengths, shares, descents = tf.stack(lengths), tf.stack(shares), tf.stack(descents)
     # Of a `δ₀` that lies in the Krylov space already, rounding is all that remains.
     usable = remaining > 1e-6 * whole
-    usable &= tf.tensordot(lengths + momentum * overlaps, descents, 1) > 0
-    factors = tf.unstack(tf.where(usable, lengths + momentum * overlaps, lengths), steps)
+    usable &= tf.tensordot(lengths + momentum * shares, descents, 1) > 0
+    factors = tf.where(usable, lengths + momentum * shares, lengths)
+    overlap = tf.tensordot(factors, tf.stack(overlaps), 1)
+    factors = tf.unstack(factors, steps)
     solution = scaled(directions[0], factors[0])
     for factor, direction in zip(factors[1:], directions[1:], strict=True):
         solution = _plus(solution, scaled(direction, factor))
@@ -96,10 +128,12 @@ def conjugate_direction(
         tf.add_n([tf.cast(factor, one.dtype) * one for factor, one in zip(factors, of_head, strict=True)])
         for of_head in zip(*tangents, strict=True)
     ]
-    return solution, [changes, last]
+    return Conjugate(solution, overlap, [changes, before])
 
 
-def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], seed: tf.Tensor) -> Direction:
+def fisher_product(
+    joint: JointPass, layers: list, tangents: list[tf.Tensor], seed: tf.Tensor, factor: float | tf.Tensor = 1.0
+) -> Direction:
     """`F V` from `J V`: `E_n[J_nᵀ F_z J_n V]`, without damping.
 
     Args:
@@ -107,6 +141,7 @@ def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], se
         layers: whose part of `F V` is wanted.
         tangents: `J V` for each head, of all rows.
         seed: as `likelihoods.fisher_inner`.
+        factor: of the result, scalar.
 
     Returns:
         In float32, float64 for layers that compute in it.
@@ -122,7 +157,7 @@ def fisher_product(joint: JointPass, layers: list, tangents: list[tf.Tensor], se
         return [value for layer in layers for value in products[layer]]
 
     flat = iter(joint.sums_by(pulled_back, units))
-    return scaled({layer: [next(flat) for _ in layer.curvature_variables] for layer in layers}, largest)
+    return scaled({layer: [next(flat) for _ in layer.curvature_variables] for layer in layers}, largest * factor)
 
 
 def _fisher_at_outputs(head: likelihoods.Head, tangent: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

@@ -27,9 +27,9 @@ from keras_kpsvd.curvature.state import LayerCurvature, assign_last, invert_laye
 from keras_kpsvd.curvature.step_control import (
     Direction,
     StepCoefficients,
-    inner,
+    gram_matrices,
     inner_by_layer,
-    layer_grams,
+    last_step,
     quadratic_model,
     relative_change,
     scaled,
@@ -37,7 +37,6 @@ from keras_kpsvd.curvature.step_control import (
     weight_sizes,
 )
 from keras_kpsvd.layers import RecordingLayer
-from keras_kpsvd.linalg import sum_in_order
 
 
 @dataclass(frozen=True)
@@ -163,15 +162,16 @@ class NaturalGradient:
         def precondition(values: Direction) -> Direction:
             return {block.layer: block.precondition(values[block.layer]) for block in blocks}
 
+        last = None if previous is None else last_step(previous, gradients)
         known = None
         if options.adaptive and options.conjugate_steps > 1 and joint is not None:
 
-            def improved(steps: int) -> tuple[Direction, list[list[tf.Tensor]]]:
+            def improved(steps: int) -> tuple[list[list[tf.Tensor]], tf.Tensor, list[list[tf.Tensor]]]:
                 fit = (dampings, steps, options.momentum, seed)
-                found, changes = conjugate_direction(joint, gradients, precondition, previous, *fit)
-                return [found[layer] for layer in gradients], changes
+                found = conjugate_direction(joint, gradients, precondition, last, *fit)
+                return [found.direction[layer] for layer in gradients], found.overlaps, found.changes
 
-            found, known = tf.cond(
+            found, overlaps, known = tf.cond(
                 holds_on_other_batches(self._slope_averages.value),
                 lambda: improved(options.conjugate_steps),
                 lambda: improved(1),
@@ -179,20 +179,20 @@ class NaturalGradient:
             directions = dict(zip(gradients, found, strict=True))
         else:
             directions = precondition(gradients)
-        parts = [*inner_by_layer(directions, gradients).values()]
-        descent = sum_in_order(parts)
+            overlaps = None if last is None else inner_by_layer(directions, last.step)
+        parts = inner_by_layer(directions, gradients)
+        descent = tf.reduce_sum(parts)
         rate, momentum = tf.cast(learning_rate, tf.float32), tf.constant(options.momentum)
-        overlap, trusted = tf.constant(0.0), tf.constant(1.0)
-        scale = trusted
-        if previous is not None:
-            overlap = inner(gradients, previous)
+        overlap = tf.constant(0.0) if last is None else last.slope
+        scale = trusted = tf.constant(1.0)
         control = []
         if options.adaptive and joint is not None:
             slopes = tf.stack([descent, overlap])
             share, usual = share_of_batch(joint.rows, self._usual.value)
             control.append((self._usual, usual))
+            grams = gram_matrices(inner_by_layer(directions, directions), overlaps, last.squares)
             step, trusted, kept, fit = self._fit(
-                joint, [directions, previous], known, dampings, slopes, share, rebuilt, seed
+                joint, [directions, previous], grams, known, dampings, slopes, share, rebuilt, seed
             )
             (rate, momentum), scale = step, trusted
             control += [*zip(self._kept, kept, strict=True), (self._next_fit, fit)]
@@ -211,7 +211,7 @@ class NaturalGradient:
         if observed is not None:
             values = StepValues(self.updates.value, damping, rate, momentum, scale)
             observer.step_is_computed(observed, values)
-        finite = [tf.math.is_finite(part) for part in parts]
+        finite = tf.unstack(tf.math.is_finite(parts), len(blocks))
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
         step = None if options.nesterov else StepCoefficients(rate, momentum)
         return Proposal(directions, step, control, finite, sound)
@@ -220,6 +220,7 @@ class NaturalGradient:
         self,
         joint: JointPass,
         directions: list[Direction],
+        grams: tf.Tensor,
         known: list[list[tf.Tensor]] | None,
         dampings: Dampings,
         slopes: tf.Tensor,
@@ -234,11 +235,8 @@ class NaturalGradient:
         due = True
         if self.options.fit_interval > 1:
             due = needs_exact_fit(kept, self._slope.value, slopes[0], slopes[1], *counts)
-        grams = layer_grams(directions)
-        change = functools.partial(
-            relative_change, grams=tf.stack([*grams.values()]), sizes=weight_sizes(directions[0])
-        )
-        exact = functools.partial(quadratic_model, joint, directions, dampings, seed, known, grams)
+        change = functools.partial(relative_change, grams=grams, sizes=weight_sizes(directions[0]))
+        exact = functools.partial(quadratic_model, joint, directions, grams, dampings, seed, known)
         step, trusted, kept = next_step(exact, due, kept, slopes, self.options.momentum, share, change)
         return step, trusted, kept, tf.where(due, updates + self.options.fit_interval, self._next_fit.value)
 

@@ -54,6 +54,25 @@ class StepCoefficients(NamedTuple):
     momentum: tf.Tensor
 
 
+class LastStep(NamedTuple):
+    """`δ₀`, and what is known of it before any curvature is.
+
+    Attributes:
+        step: the step itself, zeros before the first.
+        squares: `‖δ₀‖²` of each layer, `[layers]` float32.
+        slope: `∇ᵀδ₀`, float32 scalar.
+    """
+
+    step: Direction
+    squares: tf.Tensor
+    slope: tf.Tensor
+
+
+def last_step(step: Direction, gradients: Direction) -> LastStep:
+    """Of a step and the gradients of the batch after it."""
+    return LastStep(step, inner_by_layer(step, step), inner(gradients, step))
+
+
 def linearised_outputs(forward_pass: ForwardPass, heads: list[likelihoods.Head], changes: Direction) -> list[tf.Tensor]:
     """`J δ`, the change of every output of the model for a small change `δ` of the weights of its instrumented layers.
 
@@ -109,59 +128,61 @@ class QuadraticModel(NamedTuple):
 def quadratic_model(
     joint: JointPass,
     directions: list[Direction],
+    grams: tf.Tensor,
     dampings: Dampings,
     seed: tf.Tensor,
     known: list[list[tf.Tensor]] | None = None,
-    grams: dict[RecordingLayer, tf.Tensor] | None = None,
 ) -> QuadraticModel:
     """The quadratic model of the loss on a few directions in weight space.
 
     Args:
         joint: closed passes with persistent tapes.
         directions: `k` of them, each `{layer: values for its curvature variables}`.
+        grams: the inner products of their parts in each layer, `[layers, k, k]`.
         dampings: λ of each layer.
         seed: `[2]` integers; used only for callable likelihoods, whose Fisher at the outputs is estimated from draws.
         known: the changes of the outputs along each direction, where they are at hand.
-        grams: `layer_grams` of the directions, likewise.
     """
     tangents = [changes_of_outputs(joint, one) for one in directions] if known is None else known
     of_heads = [(head, [tangent[index] for tangent in tangents]) for index, head in enumerate(joint.heads())]
     products = [likelihoods.fisher_inner(head, of_head, seed) for head, of_head in of_heads]
     changes = [likelihoods.logit_change(head, of_head) for head, of_head in of_heads]
-    grams = layer_grams(directions) if grams is None else grams
-    damped = [tf.cast(dampings[layer], tf.float32) * gram for layer, gram in grams.items()]
-    return QuadraticModel(sum_in_order([*products, *damped]), [change for change in changes if change is not None])
+    damped = tf.tensordot(of_layers(dampings, directions[0]), grams, 1)
+    return QuadraticModel(sum_in_order([*products, damped]), [change for change in changes if change is not None])
 
 
-def inner_by_layer(one: Direction, other: Direction) -> Dampings:
-    """The Euclidean inner product of the parts of two directions in each layer, float32 scalars."""
-    # Left out, axes would be a constant of its own for each sum.
-    axes = functools.cache(lambda rank: tf.constant([*range(rank)]))
-    return {
-        layer: sum_in_order(
+def inner_by_layer(one: Direction, other: Direction) -> tf.Tensor:
+    """The Euclidean inner product of the parts of two directions in each layer, `[layers]` float32.
+
+    Of a direction with itself: that is read once, and no product is written.
+    """
+    pairs = [(layer, *pair) for layer in one for pair in zip(one[layer], other[layer], strict=True)]
+    if one is other:
+        products = [2 * tf.cast(tf.nn.l2_loss(at_least_float32(value)), tf.float32) for _, value, _ in pairs]
+    else:
+        # Left out, axes would be a constant of its own for each sum.
+        axes = functools.cache(lambda rank: tf.constant([*range(rank)]))
+        products = [
             tf.cast(tf.reduce_sum(value * tf.cast(of_other, value.dtype), axes(value.shape.rank)), tf.float32)
-            for value, of_other in zip(values, other[layer], strict=True)
-        )
-        for layer, values in one.items()
-    }
+            for _, value, of_other in pairs
+        ]
+    places = {layer: place for place, layer in enumerate(one)}
+    return tf.math.segment_sum(tf.stack(products), tf.constant([places[layer] for layer, _, _ in pairs]))
 
 
-def inner(one: Direction, other: Direction, weights: Dampings | None = None) -> tf.Tensor:
-    """The Euclidean inner product of two directions, each layer's part times its weight if given; float32 scalar."""
-    products = inner_by_layer(one, other)
-    if weights is None:
-        return sum_in_order(products.values())
-    return sum_in_order(tf.cast(weights[layer], tf.float32) * product for layer, product in products.items())
+def inner(one: Direction, other: Direction) -> tf.Tensor:
+    """The Euclidean inner product of two directions, float32 scalar."""
+    return tf.reduce_sum(inner_by_layer(one, other))
 
 
-def layer_grams(directions: list[Direction]) -> dict[RecordingLayer, tf.Tensor]:
-    """The Gram matrix, `[k, k]`, of the parts of `k` directions in each layer, float32."""
-    places = range(len(directions))
-    pairs = {(at, to): inner_by_layer(directions[at], directions[to]) for at in places for to in places if at <= to}
-    return {
-        layer: tf.stack([tf.stack([pairs[min(at, to), max(at, to)][layer] for to in places]) for at in places])
-        for layer in directions[0]
-    }
+def gram_matrices(first: tf.Tensor, mixed: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """`[layers, 2, 2]`, of the inner products of two directions in each layer, `[layers]` each."""
+    return tf.stack([tf.stack([first, mixed], 1), tf.stack([mixed, second], 1)], 1)
+
+
+def of_layers(values: Dampings, layers: Iterable[RecordingLayer]) -> tf.Tensor:
+    """A number of each layer, `[layers]` float32."""
+    return tf.stack([tf.cast(values[layer], tf.float32) for layer in layers])
 
 
 def scaled(direction: Direction, factor: tf.Tensor) -> Direction:
@@ -169,10 +190,11 @@ def scaled(direction: Direction, factor: tf.Tensor) -> Direction:
     return {layer: [value * tf.cast(factor, value.dtype) for value in values] for layer, values in direction.items()}
 
 
-def by_layer(direction: Direction, factors: Dampings) -> Direction:
-    """A direction, each layer's part times its own scalar."""
+def by_layer(direction: Direction, factors: tf.Tensor) -> Direction:
+    """A direction, each layer's part times its own of `factors [layers]`."""
     return {
-        layer: [value * tf.cast(factors[layer], value.dtype) for value in values] for layer, values in direction.items()
+        layer: [value * tf.cast(factor, value.dtype) for value in values]
+        for (layer, values), factor in zip(direction.items(), tf.unstack(factors, len(direction)), strict=True)
     }
 
 
@@ -231,15 +253,10 @@ def weight_sizes(layers: Iterable[RecordingLayer]) -> tf.Tensor:
     Returns:
         `[layers]`, float32.
     """
-    sizes = []
-    for layer in layers:
-        squares = [
-            tf.cast(tf.reduce_sum(tf.square(tf.convert_to_tensor(variable.value))), tf.float32)
-            for variable in layer.curvature_variables
-        ]
-        usual = sum(2 * d_in * d_out / (d_in + d_out) for d_in, d_out in layer.block_shapes)
-        sizes.append(tf.sqrt(tf.maximum(sum_in_order(squares), usual)))
-    return tf.stack(sizes)
+    layers = list(layers)
+    weights = {layer: [tf.convert_to_tensor(one.value) for one in layer.curvature_variables] for layer in layers}
+    usual = [sum(2 * d_in * d_out / (d_in + d_out) for d_in, d_out in layer.block_shapes) for layer in layers]
+    return tf.sqrt(tf.maximum(inner_by_layer(weights, weights), tf.constant(usual, tf.float32)))
 
 
 def relative_change(step: StepCoefficients, grams: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
@@ -249,7 +266,7 @@ def relative_change(step: StepCoefficients, grams: tf.Tensor, sizes: tf.Tensor) 
 
     Args:
         step: as fitted.
-        grams: of `layer_grams`, on the directions `Δ` and `δ₀`, `[layers, 2, 2]`.
+        grams: `gram_matrices` of the directions `Δ` and `δ₀`, `[layers, 2, 2]`.
         sizes: of `weight_sizes`.
     """
     coefficients = tf.stack([-step.rate, step.momentum])

@@ -112,7 +112,7 @@ def _passes(function, shape):
     names = [tensor.op.name for tensor in tf.nest.flatten(function.structured_outputs)]
     needed = tf.compat.v1.graph_util.extract_sub_graph(graph.as_graph_def(), names)
     operations = [graph.get_operation_by_name(node.name) for node in needed.node]
-    counted = [one for one in operations if one.type in ("Mul", "AddV2", "Sub", "AddN", "Sum", "Neg")]
+    counted = [one for one in operations if one.type in ("Mul", "AddV2", "Sub", "AddN", "Sum", "Neg", "L2Loss")]
     return sum(tensor.shape == shape for one in counted for tensor in (*one.inputs, *one.outputs))
 
 
@@ -123,8 +123,10 @@ def test_passes_over_directions_are_those_of_the_code():
     from keras_kpsvd import likelihoods
     from keras_kpsvd.curvature.conjugate import conjugate_direction
     from keras_kpsvd.curvature.replicas import JointPass
+    from keras_kpsvd.curvature.step_control import LastStep
     from keras_kpsvd.layers import Recorder
 
+    seed = tf.constant([1, 2])
     model, recorder = _network(), Recorder(persistent=True, always=True)
     for layer in model.layers:
         layer.attach(recorder)
@@ -132,16 +134,15 @@ def test_passes_over_directions_are_those_of_the_code():
     def solution(x, steps):
         outputs = model(x, training=True)
         joint = JointPass([recorder.take()], [likelihoods.heads("normal", None, outputs)])
-        # Two that TensorFlow can't tell to be the same.
-        directions = [
-            {layer: [tf.identity(v.value) for v in layer.curvature_variables] for layer in model.layers}
-            for _ in range(2)
-        ]
+
+        def copied(direction):  # So that TensorFlow can't tell them to be the same.
+            return {layer: [tf.identity(value) for value in values] for layer, values in direction.items()}
+
+        weights = {layer: [v.value for v in layer.curvature_variables] for layer in model.layers}
         dampings = dict.fromkeys(model.layers, tf.constant(0.1))
-        found, _ = conjugate_direction(
-            joint, directions[0], lambda one: one, directions[1], dampings, steps, 0.9, tf.constant([1, 2])
-        )
-        return found[model.layers[0]][0]
+        last = LastStep(copied(weights), tf.ones([2]), tf.constant(1.0))
+        found = conjugate_direction(joint, copied(weights), copied, last, dampings, steps, 0.9, seed)
+        return found.direction[model.layers[0]][0]
 
     passes = []
     for steps in (1, 2, 3):

@@ -10,7 +10,7 @@ from keras_kpsvd.curvature import damping as damping_module
 from keras_kpsvd.curvature import natural_gradient, step_control
 from keras_kpsvd.curvature.conjugate import conjugate_direction, fisher_product
 from keras_kpsvd.curvature.replicas import JointPass
-from keras_kpsvd.curvature.step_control import changes_of_outputs
+from keras_kpsvd.curvature.step_control import changes_of_outputs, last_step
 from keras_kpsvd.layers import Recorder, RecordingLayer
 from tests import reference
 from tests.networks import compiled, matrices, problem, tanh_network
@@ -116,6 +116,8 @@ def test_the_fisher_product_is_that_of_the_dense_matrix(name, scale):
     found = case.flat(fisher_product(case.joint, case.layers, tangents, SEED))
     expected = case.fisher @ vector
     assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
+    half = case.flat(fisher_product(case.joint, case.layers, tangents, SEED, tf.constant(0.5)))
+    assert np.linalg.norm(half - expected / 2) <= 1e-4 * np.linalg.norm(expected)
 
 
 def test_changes_of_layers_that_no_output_depends_on_change_nothing():
@@ -161,8 +163,9 @@ def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name
             layer: [a * s for a, s in zip(values, scaling[layer], strict=True)] for layer, values in direction.items()
         }
 
-    arguments = (case.direction(gradient), precondition, case.direction(previous), dampings)
-    found, changes = conjugate_direction(case.joint, *arguments, steps, cap, SEED)
+    downhill = case.direction(gradient)
+    arguments = (downhill, precondition, last_step(case.direction(previous), downhill), dampings)
+    found, overlaps, changes = conjugate_direction(case.joint, *arguments, steps, cap, SEED)
     krylov = [scales * gradient]
     for _ in range(steps - 1):
         krylov.append(scales * (metric @ krylov[-1]))
@@ -178,6 +181,11 @@ def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name
     # A step that goes against the gradient but for the last step is none for this method: it does without that.
     expected = -best(momentum) if -best(momentum) @ gradient > 0 else -best(0.0)
     assert np.linalg.norm(case.flat(found) - expected) <= 2e-3 * np.linalg.norm(expected)
+    ends = np.cumsum([sum(int(tf.size(v)) for v in layer.curvature_variables) for layer in case.layers])[:-1]
+    parts = [np.split(one, ends) for one in (expected, previous)]
+    lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in zip(*parts, strict=True)]
+    for overlap, one, other, length in zip(overlaps, *parts, lengths, strict=True):
+        assert abs(overlap - one @ other) <= 5e-3 * length
     for tangent, direction in zip(changes, (found, case.direction(previous)), strict=True):
         again = changes_of_outputs(case.joint, direction)[0]
         assert np.linalg.norm(tangent[0] - again) <= 1e-4 * np.linalg.norm(again)
@@ -186,10 +194,10 @@ def test_the_step_minimises_the_dense_model_over_krylov_space_and_last_step(name
 def test_a_gradient_of_zero_gives_no_step():
     case = _Case("linear")
     zeros = case.direction(np.zeros(len(case.fisher)))
-    found, _ = conjugate_direction(
-        case.joint, zeros, lambda v: v, zeros, dict.fromkeys(zeros, tf.constant(0.0)), 3, 0.9, SEED
-    )
-    np.testing.assert_array_equal(case.flat(found), 0)
+    dampings = dict.fromkeys(zeros, tf.constant(0.0))
+    found = conjugate_direction(case.joint, zeros, lambda v: v, last_step(zeros, zeros), dampings, 3, 0.9, SEED)
+    np.testing.assert_array_equal(case.flat(found.direction), 0)
+    np.testing.assert_array_equal(found.overlaps, 0)
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -57,7 +57,8 @@ def test_passes_of_parts_of_a_batch_are_as_one_pass_of_the_whole(split, fisher):
             layer: [tf.constant(rng.normal(size=v.shape), tf.float32) for v in layer.curvature_variables]
             for layer in passes[0].layers
         }
-        quadratic = quadratic_model(joint, [direction], dict.fromkeys(direction, tf.constant(0.1)), SEED)
+        grams = tf.ones([len(direction), 1, 1])
+        quadratic = quadratic_model(joint, [direction], grams, dict.fromkeys(direction, tf.constant(0.1)), SEED)
         product = fisher_product(joint, list(direction), changes_of_outputs(joint, direction), SEED)
         flat = [value for of_layer in calls.values() for call in of_layer for value in call]
         flat += [value for values in product.values() for value in values]

@@ -13,8 +13,10 @@ from keras_kpsvd.curvature.step_control import (
     MAX_RELATIVE_CHANGE,
     StepCoefficients,
     fit_step,
+    gram_matrices,
     inner,
-    layer_grams,
+    inner_by_layer,
+    last_step,
     linearised_outputs,
     quadratic_model,
     relative_change,
@@ -168,6 +170,15 @@ def _output_fisher(family, outputs):
     return np.stack([np.diag(row) - np.outer(row, row) for row in p])
 
 
+def _grams(directions):
+    """Of the parts of directions in each layer, `[layers, k, k]`, in float64."""
+    flat = [
+        np.stack([np.concatenate([np.reshape(v, -1) for v in one[layer]]) for one in directions]).astype("float64")
+        for layer in directions[0]
+    ]
+    return np.stack([one @ one.T for one in flat])
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("name", NETS)
 def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping_of_each_layer(name, damping):
@@ -178,6 +189,7 @@ def test_the_quadratic_model_is_the_dense_gauss_newton_matrix_and_the_damping_of
     model_of_loss = quadratic_model(
         JointPass([forward_pass], [heads]),
         directions,
+        tf.constant(_grams(directions), tf.float32),
         {layer: tf.constant(value) for layer, value in dampings.items()},
         tf.constant([0, 0]),
     )
@@ -225,9 +237,10 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
     forward_pass = recorder.take()
     heads = likelihoods.heads("auto", model, returned)
     (direction,) = _directions(model)
-    quadratic = quadratic_model(
-        JointPass([forward_pass], [heads]), [direction], dict.fromkeys(direction, tf.constant(0.0)), tf.constant([0, 0])
-    ).curvature
+    undamped = dict.fromkeys(direction, tf.constant(0.0))
+    grams = tf.ones([len(direction), 1, 1])
+    joint = JointPass([forward_pass], [heads])
+    quadratic = quadratic_model(joint, [direction], grams, undamped, tf.constant([0, 0])).curvature
     expected = 0.0
     for index, (family, averaged) in enumerate((("normal", 2), ("categorical", 1))):
         single = keras.Model(inputs, outputs[index])
@@ -238,25 +251,25 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
     assert float(quadratic[0, 0]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_inner_is_the_euclidean_product_of_all_weights():
+def test_products_of_directions_are_those_of_their_weights_by_layer_and_in_all():
     model, _, _ = _problem("linear")
     one, other = _directions(model, 2)
-    expected = sum(
-        np.vdot(a.numpy().astype("float64"), b) for layer in one for a, b in zip(one[layer], other[layer], strict=True)
-    )
-    assert float(inner(one, other)) == pytest.approx(expected, rel=1e-5)
+    expected = _grams([one, other])
+    own, mixed, others = (inner_by_layer(*pair) for pair in ((one, one), (one, other), (other, other)))
+    np.testing.assert_allclose(gram_matrices(own, mixed, others), expected, rtol=1e-5, atol=1e-5)
+    assert float(inner(one, other)) == pytest.approx(expected[:, 0, 1].sum(), rel=1e-5)
+    last = last_step(other, one)
+    np.testing.assert_allclose(last.squares, expected[:, 1, 1], rtol=1e-5)
+    assert float(last.slope) == pytest.approx(expected[:, 0, 1].sum(), rel=1e-5) and last.step is other
 
 
-def test_products_and_gram_matrices_of_layers_are_those_of_their_weights():
-    model, _, _ = _problem("linear")
-    directions = _directions(model, 3)
-    grams, weighted = layer_grams(directions), 0.0
-    for number, layer in enumerate(directions[0], start=1):
-        flat = np.stack([np.concatenate([np.reshape(v, -1) for v in one[layer]]) for one in directions])
-        np.testing.assert_allclose(grams[layer], flat.astype("float64") @ flat.T, rtol=1e-5, atol=1e-5)
-        weighted += number * flat[0].astype("float64") @ flat[1]
-    weights = {layer: tf.constant(float(number)) for number, layer in enumerate(directions[0], start=1)}
-    assert float(inner(*directions[:2], weights)) == pytest.approx(weighted, rel=1e-5)
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_products_are_at_least_of_float32(dtype):
+    layer = KPSVDDense(2, use_bias=False)
+    layer.build((None, 3))
+    direction = {layer: [tf.fill([3, 2], tf.constant(300.0, dtype))]}
+    assert inner_by_layer(direction, direction).dtype == tf.float32
+    assert float(inner(direction, direction)) == 6 * 300.0**2  # More than float16 holds.
 
 
 def test_the_change_of_a_network_is_that_of_its_layers_together():
@@ -274,7 +287,7 @@ def test_the_change_of_a_network_is_that_of_its_layers_together():
         ((rows, columns),) = layer.block_shapes
         glorot = np.sqrt(rows * columns * 2 / (rows + columns))  # Of variance 2 / (rows + columns) each.
         parts.append(length / max(own, glorot))
-    grams = tf.stack([*layer_grams([change, last]).values()])
+    grams = tf.constant(_grams([change, last]), tf.float32)
     found = relative_change(step, grams, weight_sizes(layers))
     mixed = [a * b for i, a in enumerate(parts) for j, b in enumerate(parts) if i != j]
     assert len(mixed) > 1 and float(found) == pytest.approx(np.sqrt(sum(mixed)), rel=1e-5)
