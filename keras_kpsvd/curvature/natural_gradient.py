@@ -211,7 +211,7 @@ class NaturalGradient:
         if observed is not None:
             values = StepValues(self.updates.value, damping, rate, momentum, scale)
             observer.step_is_computed(observed, values)
-        finite = tf.unstack(tf.math.is_finite(parts), len(blocks))
+        finite = [tf.math.is_finite(part) for part in tf.unstack(parts, len(blocks))]
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
         step = None if options.nesterov else StepCoefficients(rate, momentum)
         return Proposal(directions, step, control, finite, sound)
