@@ -12,6 +12,8 @@ from keras_kpsvd import KPSVD, KPSVDDense
 from keras_kpsvd.curvature.approximations import METHODS
 from tests.networks import matrices
 
+pytestmark = pytest.mark.slow
+
 ROWS, INPUTS, OUTPUTS = 60, 4, 3
 SETTINGS = {"deadline": None, "derandomize": True}
 

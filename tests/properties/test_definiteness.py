@@ -20,7 +20,7 @@ SHAPES = [(5, 4), (6, 1), (1, 4), (3, 6)]
 LARGE = [(2 * RANK + 2, 3), (3, 2 * RANK + 2)]
 
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = [pytest.mark.usefixtures("untraced"), pytest.mark.slow]
 
 
 def _add_variable(shape, dtype, name, initializer):
@@ -97,7 +97,6 @@ def test_a_damped_two_term_preconditioner_is_positive_definite_in_single_precisi
     _assert_positive_definite(_preconditioned(history, "float32")[0], 1e-3)
 
 
-@pytest.mark.slow
 @settings(max_examples=100, **SETTINGS)
 @given(_histories([(5, 4), (3, 6)], methods=["deflation", "lanczos"], positions=(3,)))
 def test_the_averaged_first_term_of_the_svd_methods_stays_positive_semidefinite(history):

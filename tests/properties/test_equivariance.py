@@ -32,7 +32,7 @@ LOSSES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("untraced")
+pytestmark = [pytest.mark.usefixtures("untraced"), pytest.mark.slow]
 
 
 def _problem(seed, loss, sizes, rows):

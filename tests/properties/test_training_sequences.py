@@ -19,6 +19,8 @@ from keras_kpsvd import KPSVD, KPSVDConv1D, KPSVDConv2D, KPSVDDense
 from keras_kpsvd.curvature.approximations import METHODS
 from tests.networks import assert_same, state
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"deadline": None, "derandomize": True}
 CLASSES = 3
 layers = keras.layers
@@ -228,7 +230,6 @@ def _run(actions, **case):
         session.do(*action)
 
 
-@pytest.mark.slow
 @settings(max_examples=15, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite(actions, **case):
@@ -239,7 +240,6 @@ def test_whatever_is_done_in_whatever_order_all_variables_stay_finite(actions, *
         tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.slow
 @settings(max_examples=20, **SETTINGS)
 @given(**CASES)
 def test_whatever_is_done_in_whatever_order_all_variables_stay_finite_in_graphs(actions, **case):
