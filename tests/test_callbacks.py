@@ -30,7 +30,7 @@ def _named(model, x, y):
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("method", ["kfac", "kfac_corrected"])
-@pytest.mark.parametrize("build", [dense, convolutional])
+@pytest.mark.parametrize("build", [dense, pytest.param(convolutional, marks=pytest.mark.slow)])
 def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, eager):
     model = build()
     optimizer = KPSVD(method=method, fisher="empirical", damping=0.125, fisher_batch_size=24, seed=0)
@@ -75,6 +75,7 @@ def test_error_1_is_of_the_averaged_factors_and_of_the_first_rows():
         assert record["error_1"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_the_scale_is_by_how_much_the_kl_bound_shortened_the_rate(nesterov):
     monitor = CurvatureMonitor(budget=None)

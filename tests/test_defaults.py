@@ -51,6 +51,7 @@ def test_the_defaults_learn_to_read_digits():
     assert model.evaluate(x[1500:], y[1500:], verbose=0)[1] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8, 16])
 def test_small_batches_of_a_classifier_do_not_diverge(batch):
     """Most of such a batch is soon predicted with certainty, and its Fisher matrix is nearly zero."""

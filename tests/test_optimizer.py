@@ -206,6 +206,7 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
     assert max(parts_taken) == 1 and (min(parts_taken) == 1) == (bound > 1)  # Some steps are cut, not all.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"conjugate_steps": 1, "method": "kfac_corrected"}, {"learning_rate": 0.1}])
 def test_adaptive_damping_knows_no_scale(options):
     """A loss multiplied by any number, at the same rate if one is given, trains alike."""

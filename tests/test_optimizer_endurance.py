@@ -81,6 +81,7 @@ def test_at_the_end_of_fit_averages_replace_the_weights_though_the_last_step_was
         assert not np.array_equal(one.numpy(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize(
     ("broken", "counted", "said"),
@@ -174,6 +175,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "eager"), [("kfac", False), ("deflation", True), ("kfac_corrected", True)])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_factors_leave_a_descent_direction_or_the_layer_falls_back(extreme, method, eager):
@@ -192,6 +194,7 @@ def test_extreme_factors_leave_a_descent_direction_or_the_layer_falls_back(extre
     assert variable(model.optimizer, "skipped_steps") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "eager"), [*((method, False) for method in METHODS), ("kfac", True), ("kfac_corrected", True)]
 )
@@ -245,6 +248,7 @@ class Stops(keras.callbacks.Callback):
             raise RuntimeError("the user's own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False])
 def test_an_exception_in_a_callback_leaves_whole_steps_and_training_goes_on(eager):
     x, y = problem(rows=48, dtype="float32")

@@ -151,9 +151,11 @@ def _preconditioner(model, name):
     ("failure", "method", "eager"),
     [
         *((failure, "kfac", eager) for failure in ("nan", "rubbish") for eager in (True, False)),
-        *((failure, "kfac_corrected", eager) for failure in ("eigh raises", "rubbish") for eager in (True, False)),
         ("raises", "kfac", True),
-        ("eigh raises", "lanczos", False),
+        ("eigh raises", "kfac_corrected", True),
+        pytest.param("eigh raises", "kfac_corrected", False, marks=pytest.mark.slow),
+        *(pytest.param("rubbish", "kfac_corrected", eager, marks=pytest.mark.slow) for eager in (True, False)),
+        pytest.param("eigh raises", "lanczos", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_decomposition_keeps_the_last_good_preconditioner_of_its_layer(
@@ -221,8 +223,13 @@ def break_refreshes(monkeypatch):
     ("failure", "method", "eager"),
     [
         ("raises", "kfac", True),
-        *(("nan", method, eager) for method in ("kfac", "kpsvd", "kfac_corrected") for eager in (True, False)),
-        *(("rubbish", method, eager) for method in ("kpsvd", "kfac_corrected") for eager in (True, False)),
+        *(("nan", "kfac", eager) for eager in (True, False)),
+        *(
+            pytest.param(failure, method, eager, marks=pytest.mark.slow)
+            for failure in ("nan", "rubbish")
+            for method in ("kpsvd", "kfac_corrected")
+            for eager in (True, False)
+        ),
     ],
 )
 def test_curvature_that_cannot_be_computed_leaves_that_layers_averages_as_they_were(
@@ -285,6 +292,7 @@ def test_a_network_dead_from_the_start_is_finite(method):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_hundred_refreshes_run(method):
     x, y = problem(dtype="float32")

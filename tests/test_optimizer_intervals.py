@@ -104,6 +104,7 @@ def test_a_run_saved_between_exact_fits_goes_on_bit_for_bit(tmp_path, monkeypatc
     assert_same(state(loaded, but=()), state(model, but=()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_heavy_tailed_regression_does_not_diverge_between_exact_fits(seed, monkeypatch):
     """With the λ of an earlier version, and without the conditions on extrapolation, this reached losses of 1e21."""

@@ -283,6 +283,7 @@ def test_stock_fit_with_the_defaults_ends_far_below_what_sgd_reaches(kind):
     assert losses[0][-1] < 0.5 * losses[1][-1] < losses[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_trains_with_curvature_on_schedule(policy):
     """Keras wraps the optimizer for float16, scales the loss, and applies the step inside a branch."""

@@ -74,6 +74,7 @@ def test_nan_passes_through_a_step_without_guards_only():
         trainer.restore(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient", "step", "factors", "probes", "linear algebra", "eigh", "counters"])
 def test_each_guard_taken_out_alone_takes_something_out_and_the_others_stay(name):
     from guards import GUARDS

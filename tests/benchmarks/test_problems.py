@@ -128,6 +128,7 @@ def _run(**changes):
 KFAC = {"optimizer": "kpsvd", "label": "kpsvd", "options": {"method": "kfac"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "regression"])
 @pytest.mark.parametrize("changes", [{}, KFAC], ids=["adam", "kpsvd"])
 def test_both_optimizers_train_and_leave_a_whole_row(name, changes, tmp_path):

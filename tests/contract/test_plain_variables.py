@@ -83,6 +83,7 @@ def rewriting(request):
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "rewriting"), [(case, case != "adaptive") for case in CASES], indirect=["rewriting"])
 def test_a_hundred_steps_of_stock_fit_leave_the_bits_that_sgd_leaves(case, rewriting):
     arguments = CASES[case]

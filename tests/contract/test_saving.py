@@ -87,6 +87,7 @@ def _loaded_after_compile(path, *, eager, built):
     return trained, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("eager", "built"), [(False, False), (False, True), (True, True)])
 def test_weights_loaded_after_compile_bring_the_state_for_the_first_step(tmp_path, eager, built):
     """Where Keras's own optimizers drop it: compile, `load_weights`, `fit` goes on bit for bit.

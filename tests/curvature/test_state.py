@@ -240,6 +240,7 @@ def test_a_refresh_from_the_last_one_takes_three_products_for_each_triple(method
     assert len(products) == 3 * triples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_group_of_a_layer_is_a_block_of_its_own(method):
     """What one group's samples hold does not touch the other's curvature or step."""
@@ -318,6 +319,7 @@ def test_large_factors_are_inverted_by_their_leading_eigenpairs(rows):
         assert np.linalg.norm(found - whole[0] @ gradient @ whole[1]) > 0.01 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "kfac_corrected"])
 @pytest.mark.parametrize("part", ["basis", "weights", "shift"])
 def test_a_wrong_truncated_inverse_is_refused(method, part, monkeypatch):

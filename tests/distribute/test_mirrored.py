@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-SHORT = ("defaults", "kfac_corrected, empirical", "replicas meet in the forward pass")
+SHORT = ("defaults", "replicas meet in the forward pass")
 
 
 @pytest.mark.parametrize(

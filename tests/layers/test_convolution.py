@@ -132,6 +132,7 @@ def test_samples_of_groups_are_the_gradients_of_the_grouped_layer_itself(rank):
             np.testing.assert_allclose(bias, gradients[1], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "padding"), RANKS_AND_PADDINGS)
 def test_unknown_sizes_in_graphs_give_the_samples_of_known_ones(rank, padding):
     """Whatever the batch, and one example as well."""

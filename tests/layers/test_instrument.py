@@ -56,6 +56,7 @@ def test_uninstrument_undoes_instrument(name):
     assert layers_of(again.variables) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_swapped_layer_trains_with_curvature(name):
     model, x = make_model(name)

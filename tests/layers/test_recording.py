@@ -137,6 +137,7 @@ def _growth(action, repeats):
     return [b - a for a, b in zip(before, after, strict=True)], after[2]
 
 
+@pytest.mark.slow
 def test_a_thousand_abandoned_passes_leave_nothing_and_do_not_poison_the_next_step(expected):
     model = compiled(tanh_network(dtype="float32"), KPSVD(method="kfac", **PLAIN))
     other = tf.constant(5 * _data(seed=9)[0])

@@ -216,6 +216,7 @@ def test_masks_pass_as_through_the_stock_layer(layer, stock):
     assert seen[0] == seen[1] and (seen[0] is not None) == stock.supports_masking
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_sequences_train_in_a_graph_with_sample_weights(kind):
     model, x, y = _network(kind, "categorical")

@@ -94,6 +94,7 @@ def test_a_truncated_inverse_and_its_correction_are_those_of_known_sizes(sizes):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_whole_factors_of_open_size_keep_every_eigenpair_of_the_second_term():
     """However few are asked for: their number is not known when this is traced."""
     rng = np.random.default_rng(3)

@@ -196,6 +196,7 @@ def test_fewer_triples_than_asked_for_are_padded_with_zeros(route, shared):
     np.testing.assert_allclose(triples.values[1:], [0, 0], atol=1e-14 * float(triples.values[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route,shared", ROUTES)
 def test_an_unknown_batch_size_changes_nothing(route, shared):
     for count in (1, 20):

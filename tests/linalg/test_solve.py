@@ -95,6 +95,7 @@ def test_denominators_follow_the_stated_rules():
     np.testing.assert_allclose(linalg.two_term_denominators(x, "reflect"), [4, 0.5, 2.0**-26, 2, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["reflect", "absolute"])
 def test_the_preconditioner_is_positive_definite_in_a_thousand_heavy_tailed_draws(rule):
     @tf.function(reduce_retracing=True)
@@ -188,6 +189,7 @@ def test_the_correction_keeps_the_eigenpairs_of_largest_magnitude():
     np.testing.assert_allclose((K * s).numpy() @ K.numpy().T, expected, atol=1e-4 * np.linalg.norm(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["reflect", "absolute"])
 def test_the_corrected_inverse_is_positive_definite_for_indefinite_sums(rule):
     rng = np.random.default_rng(8)

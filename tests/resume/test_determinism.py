@@ -28,6 +28,7 @@ def _agree(*methods):
         assert first != another, f"{method}: with another seed"
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_agree_in_every_bit_and_with_another_do_not():
     _agree("kfac")
 

@@ -45,7 +45,9 @@ def _goes_on_from_a_keras_file(path, method, deep=False):
     assert_bitwise(everything(loaded), everything(model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [one if one == "kfac" else pytest.param(one, marks=pytest.mark.slow) for one in METHODS]
+)
 def test_a_model_loaded_from_a_keras_file_goes_on_in_the_same_bits(tmp_path, method):
     _goes_on_from_a_keras_file(tmp_path / "half.keras", method)
 

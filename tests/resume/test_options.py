@@ -79,6 +79,7 @@ def _goes_on_in_the_same_bits(optimizer, path):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", COMBINED)
 def test_a_run_with_these_options_goes_on_in_the_same_bits(tmp_path, names):
     options = COMBINED[names]

@@ -64,6 +64,7 @@ def test_the_witness_sees_shuffled_rows_and_new_masks_in_every_step(under_sgd):
     assert all(0 < values.mean() < 1 for values in hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
