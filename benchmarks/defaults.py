@@ -2,7 +2,8 @@
 
     python benchmarks/defaults.py run --only curves digits --seeds 0 1 2
     python benchmarks/defaults.py run --optimizers kpsvd --options '{"method": "kfac"}'
-    python benchmarks/defaults.py table
+    python benchmarks/defaults.py run --only curves --epochs 200 --kpsvd-epochs 40
+    python benchmarks/defaults.py table --losses losses.csv
 
 `run` appends each finished run to a file of results (by default benchmarks/results/defaults.jsonl) and makes only those
 that the file does not have yet, each in a process of its own. `table` compares them, and writes a CSV beside the file.
@@ -42,6 +43,7 @@ def make_plan(
     options: dict[str, Any] | None = None,
     label: str = "kpsvd",
     epochs: int | None = None,
+    kpsvd_epochs: int | None = None,
 ) -> list[Run]:
     """Every run of a comparison, in order: of each problem and batch size Adam's rates first, then seed by seed.
 
@@ -53,6 +55,7 @@ def make_plan(
         options: KPSVD's arguments.
         label: KPSVD's name in the table.
         epochs: of every run. None: each problem's own.
+        kpsvd_epochs: of KPSVD's. None: as many as Adam's.
     """
     plan = []
     seeds, optimizers = list(dict.fromkeys(seeds)), set(optimizers)
@@ -62,7 +65,8 @@ def make_plan(
 
             def add(seed: int, optimizer: str, label: str, options: dict | None, name=name, batch=batch) -> None:
                 grid = [{"learning_rate": rate} for rate in RATES] if options is None else None
-                plan.append(Run(name, batch, seed, optimizer, label, options, epochs or PROBLEMS[name].epochs, grid))
+                length = (kpsvd_epochs if optimizer == "kpsvd" else None) or epochs or PROBLEMS[name].epochs
+                plan.append(Run(name, batch, seed, optimizer, label, options, length, grid))
 
             if "adam" in optimizers:
                 for rate in RATES:
@@ -76,10 +80,14 @@ def make_plan(
 
 
 def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
-    """One line for each optimizer on each problem, batch size and number of epochs, Adam's first; see `COLUMNS`."""
+    """One line for each optimizer on each problem, batch size and number of epochs, Adam's first; see `COLUMNS`.
+
+    Runs of a number of epochs in which Adam has none are held against the shortest of Adam's that are longer.
+    """
     groups: dict[tuple, list[Row]] = {}
     for row in rows.values():
         groups.setdefault((row["problem"], row["batch"], row["epochs"]), []).append(row)
+    adams = {group: _by_optimizer(rows)[0] for group, rows in groups.items()}
     names = list(PROBLEMS)
     order = sorted(groups, key=lambda group: (names.index(group[0]) if group[0] in names else len(names), group))
     lines = []
@@ -88,7 +96,9 @@ def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
         adam, others = _by_optimizer(groups[group])
         if adam:
             lines.append(start | _line(adam, adam) | {"flags": "; ".join(_adam_flags(groups[group], adam))})
-        lines += [start | _line(seeds, adam) for seeds in others]
+        longer = [other for other in adams if adams[other] and other[:2] == group[:2] and other[2] > group[2]]
+        rival = adam or (adams[min(longer)] if longer else {})
+        lines += [start | _line(seeds, rival) for seeds in others]
     return lines
 
 
@@ -275,6 +285,19 @@ def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(lines)
 
 
+def write_losses(rows: Iterable[Row], path: Path) -> None:
+    """Every epoch of every run: losses and seconds, as they are in the rows."""
+    named = ("problem", "batch", "seed", "label", "options")
+    series = {"loss": "losses", "held_out_loss": "held_out_losses", "seconds": "seconds"}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*named, "epoch", *series])
+        for row in rows:
+            start = [json.dumps(row[name], sort_keys=True) if name == "options" else row[name] for name in named]
+            for epoch, values in enumerate(zip(*(row[of] for of in series.values()), strict=True), start=1):
+                writer.writerow([*start, epoch, *("" if value is None else f"{value:.6g}" for value in values)])
+
+
 def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
@@ -299,6 +322,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     table = commands.add_parser("table", help="print what the results say, and write it as CSV beside them")
     for command in (run, table):
         command.add_argument("--results", type=Path, default=RESULTS, help="file of results (default: %(default)s)")
+    table.add_argument("--losses", type=Path, help="a CSV for every epoch of every run (default: none)")
     run.add_argument(
         "--only", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems (default: all)"
     )
@@ -308,6 +332,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--options", type=_options, default={}, help="arguments of KPSVD, as JSON (default: none)")
     run.add_argument("--label", help="KPSVD's name in the table (default: made of the options)")
     run.add_argument("--epochs", type=count, help="default: each problem's own")
+    run.add_argument("--kpsvd-epochs", type=count, help="of KPSVD's runs (default: as many as Adam's)")
     run.add_argument("--jobs", type=count, default=1, help="runs at a time; more than 1 spoils the seconds")
     run.add_argument("--threads", type=count, help="of each run (default: the cores, divided by --jobs)")
     run.add_argument("--again", action="store_true", help="make the runs that failed, too, once more")
@@ -335,6 +360,7 @@ def run_command(options: argparse.Namespace) -> int:
         options.options,
         options.label,
         options.epochs,
+        options.kpsvd_epochs,
     )
     left = missing(plan, results)
     print(f"{len(plan)} runs planned, {len(plan) - len(left)} of them found in {options.results}", flush=True)
@@ -344,13 +370,17 @@ def run_command(options: argparse.Namespace) -> int:
 
 def table_command(options: argparse.Namespace) -> int:
     """Prints the table and writes the CSV; returns 1 if there is no result."""
-    lines = summarise(_open(options.results).rows)
+    rows = _open(options.results).rows
+    lines = summarise(rows)
     if not lines:
         print(f"{options.results} holds no results", file=sys.stderr)
         return 1
     path = options.results.with_suffix(".csv")
     write_csv(lines, path)
     print(f"{format_table(lines)}\nwritten to {path}")
+    if options.losses is not None:
+        write_losses(rows.values(), options.losses)
+        print(f"every epoch: {options.losses}")
     return 0
 
 

@@ -43,6 +43,8 @@ def test_plan_takes_each_problems_own_batch_sizes_and_epochs_unless_told():
         (name, batch, problem.epochs) for name, problem in PROBLEMS.items() for batch in problem.batch_sizes
     ]
     assert {run.batch for run in make_plan(PROBLEMS, [64, 1024], [0], ["kpsvd"])} == {64, 1024}
+    plan = make_plan(["digits"], [64], [0], epochs=200, kpsvd_epochs=40)
+    assert {(run.optimizer, run.epochs) for run in plan} == {("adam", 200), ("kpsvd", 40)}
 
 
 def test_best_options_have_the_lowest_loss_reached_of_those_that_neither_diverged_nor_failed():
@@ -304,6 +306,41 @@ def test_table_keeps_problems_batches_and_epochs_apart_and_flags_what_cannot_be_
     ]
     assert lines[2]["flags"] == "timed under other conditions than Adam; timed beside other runs"
     assert all("no Adam on the same seeds" in lines[k]["flags"] for k in (0, 3, 4))
+
+
+def test_short_runs_are_held_against_the_shortest_of_adams_that_are_longer():
+    from defaults import summarise
+
+    rows = _by_key(
+        make_row([0.5], options={"learning_rate": 3e-4}) | {"epochs": 2},
+        make_row([0.5, 0.4, 0.35, 0.3], options={"learning_rate": 3e-4}) | {"epochs": 4},
+        make_row([0.4, 0.2], options={"learning_rate": 1e-3}) | {"epochs": 9},
+        make_row([0.6, 0.4, 0.3], optimizer="kpsvd"),
+        make_row([0.6], optimizer="kpsvd") | {"epochs": 12},
+    )
+    shorter, longer = (line for line in summarise(rows) if line["label"] == "kpsvd")
+    assert (shorter["epochs"], shorter["epochs_to_adam"], shorter["epochs_ratio"]) == (3, 3, 3 / 4)
+    assert longer["reached"] == "0/0" and "no Adam on the same seeds" in longer["flags"]
+
+
+def test_every_epoch_of_every_run_is_a_row_of_a_csv(tmp_path):
+    from defaults import parse_arguments, table_command
+    from runs import Results
+
+    path, losses = tmp_path / "results.jsonl", tmp_path / "losses.csv"
+    results = Results(path)
+    results.append(make_row([0.5, 0.4], [2.0, 1.0], options={"learning_rate": 3e-4}))
+    results.append(make_row([0.25, None], [4.0, 3.0], optimizer="kpsvd", status="diverged"))
+    assert table_command(parse_arguments(["table", "--results", str(path), "--losses", str(losses)])) == 0
+    with losses.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["label"], row["epoch"], row["loss"], row["seconds"]) for row in rows] == [
+        ("adam", "1", "0.5", "2"),
+        ("adam", "2", "0.4", "1"),
+        ("kpsvd", "1", "0.25", "4"),
+        ("kpsvd", "2", "", "3"),
+    ]
+    assert json.loads(rows[0]["options"]) == {"learning_rate": 3e-4} and rows[0]["problem"] == "digits"
 
 
 def test_best_rate_at_the_end_of_the_range_is_flagged():
