@@ -3,7 +3,7 @@
     python benchmarks/defaults.py run --only curves digits --seeds 0 1 2
     python benchmarks/defaults.py run --optimizers kpsvd --options '{"method": "kfac"}'
     python benchmarks/defaults.py run --only curves --epochs 200 --kpsvd-epochs 40
-    python benchmarks/defaults.py table --losses losses.csv
+    python benchmarks/defaults.py table --losses losses.csv --figure race.png
 
 `run` appends each finished run to a file of results (by default benchmarks/results/defaults.jsonl) and makes only those
 that the file does not have yet, each in a process of its own. `table` compares them, and writes a CSV beside the file.
@@ -19,7 +19,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,22 +84,47 @@ def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
 
     Runs of a number of epochs in which Adam has none are held against the shortest of Adam's that are longer.
     """
+    groups = _grouped(rows.values())
+    lines = []
+    for group, adam, rival, others in _pairings(groups):
+        start = dict(zip(("problem", "batch", "epochs"), group, strict=True))
+        if adam:
+            lines.append(start | _line(adam, adam) | {"flags": "; ".join(_adam_flags(groups[group], adam))})
+        lines += [start | _line(seeds, rival) for seeds in others]
+    return lines
+
+
+def races(rows: Iterable[Row], label: str = "kpsvd") -> dict[str, tuple[list[Row], list[Row]]]:
+    """What `figures.draw_race` draws: of each problem and batch size Adam's runs at its best rate, and KPSVD's.
+
+    Args:
+        rows: of the results.
+        label: KPSVD's name in them.
+    """
+    found = {}
+    for (problem, batch, _), _, rival, others in _pairings(_grouped(rows)):
+        own = [seeds for seeds in others if next(iter(seeds.values()))["label"] == label]
+        if rival and own:
+            found[f"{problem}, batch {batch}"] = (list(rival.values()), list(own[0].values()))
+    return found
+
+
+def _grouped(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = {}
-    for row in rows.values():
+    for row in rows:
         groups.setdefault((row["problem"], row["batch"], row["epochs"]), []).append(row)
+    return groups
+
+
+def _pairings(groups: dict[tuple, list[Row]]) -> Iterator[tuple]:
+    """Of each group, in the order of `PROBLEMS`: Adam's rows by seed, those that the others race, and the others."""
     adams = {group: _by_optimizer(rows)[0] for group, rows in groups.items()}
     names = list(PROBLEMS)
     order = sorted(groups, key=lambda group: (names.index(group[0]) if group[0] in names else len(names), group))
-    lines = []
     for group in order:
-        start = dict(zip(("problem", "batch", "epochs"), group, strict=True))
         adam, others = _by_optimizer(groups[group])
-        if adam:
-            lines.append(start | _line(adam, adam) | {"flags": "; ".join(_adam_flags(groups[group], adam))})
         longer = [other for other in adams if adams[other] and other[:2] == group[:2] and other[2] > group[2]]
-        rival = adam or (adams[min(longer)] if longer else {})
-        lines += [start | _line(seeds, rival) for seeds in others]
-    return lines
+        yield group, adam, adam or (adams[min(longer)] if longer else {}), others
 
 
 def _by_optimizer(rows: list[Row]) -> tuple[dict[int, Row], list[dict[int, Row]]]:
@@ -323,6 +348,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (run, table):
         command.add_argument("--results", type=Path, default=RESULTS, help="file of results (default: %(default)s)")
     table.add_argument("--losses", type=Path, help="a CSV for every epoch of every run (default: none)")
+    table.add_argument(
+        "--figure", type=Path, help="a picture of the runs labelled 'kpsvd' against Adam's (default: none)"
+    )
     run.add_argument(
         "--only", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="problems (default: all)"
     )
@@ -381,6 +409,11 @@ def table_command(options: argparse.Namespace) -> int:
     if options.losses is not None:
         write_losses(rows.values(), options.losses)
         print(f"every epoch: {options.losses}")
+    if options.figure is not None and (found := races(rows.values())):
+        from figures import draw_race, save  # Matplotlib is wanted here only.
+
+        save(draw_race(found, "KPSVD() against Adam at the best of five rates, a line for each seed"), options.figure)
+        print(f"drawn: {options.figure}")
     return 0
 
 

@@ -97,6 +97,42 @@ def _log_axis(panel: Axes) -> None:
         panel.yaxis.set_minor_formatter(NullFormatter())
 
 
+def draw_race(races: dict[str, tuple[Sequence[Row], Sequence[Row]]], title: str) -> Figure:
+    """Training losses of KPSVD's runs and Adam's over epochs (above) and seconds (below), a line for each seed.
+
+    Args:
+        races: by the name of a problem, Adam's runs and KPSVD's, at least one of Adam's.
+        title: of the figure.
+    """
+    figure, panels = plt.subplots(
+        2, len(races), figsize=(WIDTH, 6.4), sharey="col", squeeze=False, layout="constrained"
+    )
+    looks = (("Adam", colour("adam")), ("KPSVD()", colour("kfac")))  # the default method
+    for column, (problem, contestants) in zip(panels.T, races.items(), strict=True):
+        column[0].set_title(problem, fontsize=10)
+        goal = sorted(best_loss(row["losses"]) or math.inf for row in contestants[0])[(len(contestants[0]) - 1) // 2]
+        for panel, unit in zip(column, ("epochs", "seconds"), strict=True):
+            for (label, shade), rows in zip(looks, contestants, strict=True):
+                for number, row in enumerate(rows):
+                    ends = range(1, len(row["losses"]) + 1) if unit == "epochs" else accumulate(row["seconds"])
+                    points = [pair for pair in zip(ends, row["losses"], strict=True) if pair[1] is not None]
+                    name = label if number == 0 else None
+                    panel.plot(*zip(*points, strict=True), color=shade, linewidth=1.4, alpha=0.8, label=name)
+            if math.isfinite(goal):
+                panel.axhline(goal, color=colour("adam"), linestyle="--", linewidth=0.9, label="Adam's best")
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            _log_axis(panel)
+            panel.set_xlabel(unit if unit == "epochs" else "seconds of training, tracing included")
+    for row in panels:
+        row[0].set_ylabel("training loss")
+    handles = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
 def draw_to_target(standings: Sequence[Standing], titles: Sequence[str]) -> Figure:
     """Epochs and seconds to Adam's best as parts of Adam's own: median and range, "never" at the right edge."""
     groups = _by_setting(standings)

@@ -323,6 +323,18 @@ def test_short_runs_are_held_against_the_shortest_of_adams_that_are_longer():
     assert longer["reached"] == "0/0" and "no Adam on the same seeds" in longer["flags"]
 
 
+def test_races_are_those_of_the_default_against_the_runs_that_the_table_holds_it_against():
+    from defaults import races
+
+    long = make_row([0.5, 0.4, 0.35, 0.3], options={"learning_rate": 1e-3}) | {"epochs": 4}
+    worse = make_row([0.9] * 4, options={"learning_rate": 3e-4}) | {"epochs": 4}
+    second = make_row([0.6] * 4, options={"learning_rate": 1e-3}, seed=1) | {"epochs": 4}
+    own = [make_row([0.6, 0.4, 0.3], optimizer="kpsvd", seed=seed) for seed in (0, 1)]
+    other = make_row([0.1], optimizer="kpsvd", options={"method": "kpsvd"}) | {"label": "other"}
+    alone = make_row([0.4], optimizer="kpsvd") | {"batch": 1024}
+    assert races([worse, long, second, *own, other, alone]) == {"digits, batch 64": ([long, second], own)}
+
+
 def test_every_epoch_of_every_run_is_a_row_of_a_csv(tmp_path):
     from defaults import parse_arguments, table_command
     from runs import Results

@@ -7,6 +7,7 @@ import pytest
 
 matplotlib.use("Agg")
 
+from .conftest import make_row
 from .test_ablation import case_rows
 from .test_evidence import rows_of_three_seeds, run_of
 
@@ -42,6 +43,24 @@ def test_losses_are_medians_over_epochs_and_the_median_run_over_seconds(drawn):
     assert list(epochs["Adam's best"].get_ydata()) == [0.3, 0.3] and epochs["Adam's best"].get_linestyle() == "--"
     assert epochs["kfac"].get_color() == METHOD_COLOURS["kfac"]
     assert [panel.get_yscale() for panel in panels] == ["log"] * 4 and len(panels[0].collections) == 2
+
+
+def test_a_race_has_a_line_for_each_seed_over_epochs_and_over_seconds(drawn):
+    from figures import draw_race
+
+    adam = [make_row([0.9, 0.4, 0.3], [2, 1, 1]), make_row([0.8, 0.5], [3, 2], seed=1)]
+    own = [make_row([0.5, 0.2], [4, 3], optimizer="kpsvd"), make_row([0.6, None], [5, 3], optimizer="kpsvd", seed=1)]
+    panels = draw_race({"digits": (adam, own), "curves": (adam[:1], [])}, "race").axes
+    epochs, others, seconds, _ = ([line for line in panel.lines if len(line.get_xdata())] for panel in panels)
+    assert [list(line.get_ydata()) for line in epochs] == [[0.9, 0.4, 0.3], [0.8, 0.5], [0.5, 0.2], [0.6], [0.3, 0.3]]
+    assert [list(line.get_xdata()) for line in epochs[:4]] == [[1, 2, 3], [1, 2], [1, 2], [1]]
+    assert [list(line.get_xdata()) for line in seconds[:4]] == [[2, 3, 4], [3, 5], [4, 7], [5]]
+    assert [line.get_label() for line in epochs if not line.get_label().startswith("_")] == [
+        "Adam",
+        "KPSVD()",
+        "Adam's best",
+    ]
+    assert len(others) == 2 and panels[0].get_title() == "digits" and panels[0].get_xscale() == "log"
 
 
 def test_equal_losses_are_all_seen_and_epochs_are_whole(drawn):
