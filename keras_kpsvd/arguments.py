@@ -53,6 +53,17 @@ def check_count(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
 
 
+def check_interval(argument: str, value: Any) -> None:
+    """A number of updates, or "growing"."""
+    if not (isinstance(value, str) and value == "growing"):
+        try:
+            check_count(argument, value)
+        except ValueError:
+            raise ValueError(
+                f"`{argument}` must be an integer of 1 or more, or 'growing'. Received: {argument}={value!r}"
+            ) from None
+
+
 def check_strategy(strategy: tf.distribute.Strategy, *, seeded: bool) -> None:
     """A `tf.distribute` strategy under which steps are possible; on several processes only with a given seed."""
     replicas = strategy.num_replicas_in_sync

@@ -16,6 +16,7 @@ from keras_kpsvd.arguments import (
     check_combinations,
     check_count,
     check_fraction,
+    check_interval,
     check_positive,
     check_rate,
     check_strategy,
@@ -83,8 +84,9 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).
             None switches it off. The adaptive rate needs no bound and applies none.
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
-        curvature_interval: updates between refreshes of the factors (the paper's T_cov).
-        inverse_interval: updates between rebuilds of the preconditioners (T_inv).
+        curvature_interval: updates between refreshes of the factors (the paper's T_cov), or "growing": every update at
+            first, then less and less often, from the 90th on every tenth (`curvature.intervals`).
+        inverse_interval: updates between rebuilds of the preconditioners (T_inv), likewise.
         conjugate_steps: with the adaptive rate, steps of conjugate gradients on the exact Fisher matrix of the batch
             that the preconditioned gradient is improved by (`curvature.conjugate`). 1: none, `F̂_λ⁻¹∇` itself.
         fit_interval: with the adaptive rate and `conjugate_steps=1`, updates between exact quadratic models. Those in
@@ -126,8 +128,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         damping_rule: str = "sqrt",
         kl_clip: float | None = 1e-2,
         factor_decay: float = 0.92,
-        curvature_interval: int = 5,
-        inverse_interval: int = 5,
+        curvature_interval: int | str = 5,
+        inverse_interval: int | str = 5,
         conjugate_steps: int = 3,
         fit_interval: int = 1,
         fisher: str = "sampled",
@@ -147,8 +149,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             check_positive("damping", damping, " or 'adaptive'")
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip, " or None")
-        check_count("curvature_interval", curvature_interval)
-        check_count("inverse_interval", inverse_interval)
+        check_interval("curvature_interval", curvature_interval)
+        check_interval("inverse_interval", inverse_interval)
         check_count("conjugate_steps", conjugate_steps)
         check_count("fit_interval", fit_interval)
         if fisher_batch_size is not None:
@@ -174,8 +176,9 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         self.damping_rule = damping_rule
         self.kl_clip = None if kl_clip is None else float(kl_clip)
         self.factor_decay = float(factor_decay)
-        self.curvature_interval = int(curvature_interval)
-        self.inverse_interval = int(inverse_interval)
+        self.curvature_interval, self.inverse_interval = (
+            interval if interval == "growing" else int(interval) for interval in (curvature_interval, inverse_interval)
+        )
         self.conjugate_steps = int(conjugate_steps)
         self.fit_interval = int(fit_interval)
         self.fisher = fisher

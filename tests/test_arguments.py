@@ -19,8 +19,8 @@ BAD = {
     "indefinite": ["clip", None, True],
     "damping": [0, 0.0, -1e-3, NAN, INFINITY, "auto", None, True],
     "kl_clip": [0, -1.0, NAN, INFINITY, "none", True],
-    "curvature_interval": [0, -1, 1.5, NAN, None, True, "2"],
-    "inverse_interval": [0, -1, 2.0, None, False],
+    "curvature_interval": [0, -1, 1.5, NAN, None, True, "2", "grow"],
+    "inverse_interval": [0, -1, 2.0, None, False, "Growing"],
     "conjugate_steps": [0, 1.5, None, True],
     "fit_interval": [0, 1.5, None, True],
     "fisher_batch_size": [0, -8, 0.25, True],
@@ -54,6 +54,10 @@ def test_the_ends_of_every_range_are_accepted():
     numpy = {"damping": np.float32(0.1), "curvature_interval": np.int64(3), "momentum": np.float64(0.5)}
     optimizer = KPSVD(learning_rate=np.float32(0.5), **numpy)
     assert keras.saving.serialize_keras_object(optimizer)["config"]["curvature_interval"] == 3
+    optimizer = KPSVD(curvature_interval="growing", inverse_interval=7)
+    config = keras.saving.serialize_keras_object(optimizer)["config"]
+    assert (config["curvature_interval"], config["inverse_interval"]) == ("growing", 7)
+    assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer)).get_config() == config
     KPSVD(learning_rate=lambda: 0.1)
     KPSVD(learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9))
     KPSVD(likelihood=lambda outputs: outputs)

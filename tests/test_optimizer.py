@@ -129,21 +129,31 @@ def test_kl_bound_and_momentum_follow_their_formulas(form, kl_clip):
     assert kl_clip is None or all(bounded)
 
 
-def test_factors_and_inverses_age_by_their_own_intervals():
+@pytest.mark.parametrize(
+    ("intervals", "refreshes", "inversions"),
+    [
+        ((2, 3), (0, 2, 4, 6), (0, 3, 6)),
+        (("growing", 2), (0, 1, 2, 4), (0, 2, 4, 6)),
+        ((1, "growing"), range(7), (0, 1, 2, 4)),
+    ],
+)
+def test_factors_and_inverses_age_by_their_own_intervals(intervals, refreshes, inversions, monkeypatch):
     """KFAC's averages, with the bias correction, and preconditioners made of them only when due."""
-    every, inverse_every, decay = 2, 3, 0.5
+    monkeypatch.setattr("keras_kpsvd.curvature.intervals.GROWTH", 2)
+    every, inverse_every = intervals
+    decay = 0.5
     options = {"curvature_interval": every, "inverse_interval": inverse_every, "factor_decay": decay}
     model = compiled(tanh_network(), KPSVD(method="kfac", **PLAIN, **options))
     weights = matrices(model)
     sums, total, used = None, 0.0, None
     for number in range(7):
         x, y = problem(seed=number)
-        if number % every == 0:
+        if number in refreshes:
             new = [reference.kfac_factors(*sample) for sample in reference.squared_error_samples(weights, x)]
             old = sums or [(0, 0)] * len(new)
             sums = [(decay * a + c, decay * g + d) for (a, g), (c, d) in zip(old, new, strict=True)]
             total = decay * total + 1
-        if number % inverse_every == 0:
+        if number in inversions:
             used = [(a / total, g / total) for a, g in sums]
         gradients = reference.squared_error_gradients(weights, x, y)
         start = weights

@@ -19,6 +19,7 @@ from keras_kpsvd.curvature.damping import (
 )
 from keras_kpsvd.curvature.extrapolation import KEPT_SHAPES, KeptModel, needs_exact_fit, next_step
 from keras_kpsvd.curvature.failures import Failures
+from keras_kpsvd.curvature.intervals import next_due
 from keras_kpsvd.curvature.observation import Observer, StepValues, block_names
 from keras_kpsvd.curvature.placement import spread
 from keras_kpsvd.curvature.reduction import refresh_rows
@@ -53,8 +54,8 @@ class StepOptions:
     damping: float | str
     kl_clip: float | None
     method: str
-    curvature_interval: int
-    inverse_interval: int
+    curvature_interval: int | str
+    inverse_interval: int | str
     conjugate_steps: int
     fit_interval: int
     fisher: str
@@ -272,7 +273,7 @@ class NaturalGradient:
                 calls = joint.calls(self.options.fisher, seed, rows, places)
             present = [block for block in blocks if block.layer in calls]
             good = refresh_layers(present, calls, places)
-            self._next_refresh.assign(self.updates.value + self.options.curvature_interval)
+            self._next_refresh.assign(next_due(self.updates.value, self.options.curvature_interval))
             self.failures.of_refresh([self._place[block] for block in present], good)
             if observed is None:
                 return tf.constant(True)
@@ -291,7 +292,7 @@ class NaturalGradient:
 
         def invert() -> tf.Tensor:
             good = invert_layers(blocks, dampings, places)
-            self._next_inverse.assign(self.updates.value + self.options.inverse_interval)
+            self._next_inverse.assign(next_due(self.updates.value, self.options.inverse_interval))
             self.failures.of_inversion([self._place[block] for block in blocks], good)
             return tf.constant(True)
 
