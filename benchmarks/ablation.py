@@ -33,10 +33,6 @@ SECONDS = (
     ("first_epoch_seconds", "seconds of the first epoch, tracing included", ".3g"),
 )
 WITHIN = "within the seeds' spread"
-HIDDEN = (
-    "every step here is improved by conjugate gradients on the exact Fisher matrix, which hides part of what a "
-    "preconditioner's damping or second term does."
-)
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,6 @@ def aspect_sentences(cases: Sequence[Case]) -> list[str]:
     found = _refresh_sentences(cases) + _same_sentences(cases)
     found += damping_sentences(cases) if aspect == "damping" else _case_sentences(cases)
     found += _second_term_sentences(cases) if aspect not in ("damping", "indefinite") else []
-    found += [HIDDEN] if aspect in ("damping", "indefinite") and len(found) > 0 else []
     for status in ("diverged", "failed"):
         bad = [
             f'{case.method} with "{case.case}" on {case.count(status)} of {len(case.rows)} seeds'
@@ -211,7 +206,12 @@ def refreshes(case: Case) -> tuple[int, int] | None:
     options = next(iter(case.rows.values()))["options"]
     interval = options.get("curvature_interval", DEFAULTS["curvature_interval"])
     steps = case.setting.epochs * math.ceil(case.setting.samples / case.setting.batch)
-    return steps, math.ceil(steps / interval)
+    if interval != "growing":
+        return steps, math.ceil(steps / interval)
+    count = due = 0
+    while due < steps:
+        count, due = count + 1, due + min(10, 1 + due // 10)  # keras_kpsvd.curvature.intervals, without TensorFlow
+    return steps, count
 
 
 def _refresh_sentences(cases: Sequence[Case]) -> list[str]:

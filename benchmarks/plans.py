@@ -23,7 +23,7 @@ TWO_TERM_METHODS = ("deflation", "lanczos", "kfac_corrected")
 FIXED_DAMPING = 0.003  # what the adaptive one started at when the committed report was made
 
 # KPSVD's own, of what the ablation changes. Keras is not imported to make a plan; a test holds them to the truth.
-DEFAULTS = {"conjugate_steps": 3, "curvature_interval": 5, "inverse_interval": 5}
+DEFAULTS = {"conjugate_steps": 1, "curvature_interval": "growing", "inverse_interval": "growing"}
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,9 @@ def ablation_cases(
     for method in further:
         for steps in (1, 2, 3):
             yield f"conjugate gradients: {steps}", {"method": method} | _changed(conjugate_steps=steps)
+        yield "interval: growing", {"method": method}
         for steps in (5, 20, 100):
-            intervals = _changed(curvature_interval=steps, inverse_interval=steps)
+            intervals = {"curvature_interval": steps, "inverse_interval": steps}
             yield f"interval: every {steps}", {"method": method} | intervals
         for name, rows in (("quarter", batch // 4), ("whole", batch)):
             yield f"batch: {name}", {"method": method, "fisher_batch_size": rows}

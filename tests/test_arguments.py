@@ -22,7 +22,7 @@ BAD = {
     "curvature_interval": [0, -1, 1.5, NAN, None, True, "2", "grow"],
     "inverse_interval": [0, -1, 2.0, None, False, "Growing"],
     "conjugate_steps": [0, 1.5, None, True],
-    "fit_interval": [0, 1.5, None, True],
+    "fit_interval": [0, 1.5, "10", True],
     "fisher_batch_size": [0, -8, 0.25, True],
     "factor_decay": [1, 1.0, -0.1, 1.5, NAN, None, "0.9", True],
     "momentum": [-0.1, 1.1, NAN, None, "0.9", True],
@@ -44,8 +44,10 @@ def test_nesterov_is_refused_with_the_adaptive_rate():
 
 def test_extrapolated_models_are_refused_with_conjugate_gradients():
     with pytest.raises(ValueError, match=r"`fit_interval`.*`conjugate_steps`"):
-        KPSVD(fit_interval=10)
+        KPSVD(fit_interval=10, conjugate_steps=3)
     KPSVD(fit_interval=10, conjugate_steps=1)
+    assert KPSVD(conjugate_steps=3).get_config()["fit_interval"] == 1
+    assert KPSVD().get_config()["fit_interval"] == 10
 
 
 def test_the_ends_of_every_range_are_accepted():

@@ -8,7 +8,7 @@ Exact products on a whole batch cost more than its forward and backward pass. Be
 - the cosine of the two directions in the metric of `M` is kept.
 
 The slopes are the new batch's own. A fit is made exact where this may fail: at the start of training, with every new
-preconditioner and at least every few steps, for batches of a few examples, whose models have little in common, where
+preconditioner and at least every few steps, for small batches, whose models have little in common, where
 the last step overshot or had to be cut short, and where the descent has grown. Without the conditions on overshoot and
 growth heavy-tailed regression diverged; without those on cut steps and small batches a digits classifier was thrown far
 off at batches of one; without exact fits at the start CURVES stayed on its first plateau; and fitted just before the
@@ -28,8 +28,9 @@ from keras_kpsvd.linalg import sum_in_order
 # Updates from the start of training in which every fit is exact.
 EXACT_UPDATES = 50
 
-# Smaller batches are always fitted exactly.
-FEWEST_EXAMPLES = 16
+# Smaller batches are always fitted exactly: their models have little in common, and cost little. With heavy-tailed
+# targets at batches of 64 a fit every ten updates leaves the loss at .47 after 20 epochs, .02 are reached without.
+FEWEST_EXAMPLES = 128
 
 # A fit is exact where the slope at the end of the last step was up again to this part of what it had been down, or
 # where the descent is so many times the last step's.

@@ -219,7 +219,7 @@ def test_report_says_how_ours_differ_from_the_papers_and_what_chance_does(tmp_pa
     rows = [row | {"problem": "faces", "batch": 256} for row in rows_of_three_seeds()]
     text = make_report(rows, tmp_path)
     assert "Batch sizes differ: faces 256, the paper's 1024." in text
-    assert "3 steps of conjugate gradients" in text and "refresh every 5 steps" in text
+    assert "a refresh in every step at first and in every tenth later" in text
     assert "Batch sizes differ" not in make_report([row | {"batch": 1024} for row in rows], tmp_path)
     for seeds, words in ((3, "three seeds each are apart by chance in 1 of 10"), (2, "two seeds in 1 of 3")):
         halves = [set(half) for half in combinations(range(2 * seeds), seeds)]

@@ -71,16 +71,16 @@ def test_ablation_changes_one_thing_at_a_time():
         by_label.setdefault(label, []).append({k: v for k, v in options.items() if k != "method"})
     assert by_label["damping: factor, λ=0.003"] == [{"damping_rule": "factor", "damping": 0.003}] * 5
     intervals = [own[0] for label, own in by_label.items() if "interval" in label]
-    assert intervals == [{}, *({"curvature_interval": n, "inverse_interval": n} for n in (20, 100))]
+    assert intervals == [{}, *({"curvature_interval": n, "inverse_interval": n} for n in (5, 20, 100))]
     steps = [own[0] for label, own in by_label.items() if "conjugate" in label]
-    assert steps == [{"conjugate_steps": 1}, {"conjugate_steps": 2}, {}]
+    assert steps == [{}, {"conjugate_steps": 2}, {"conjugate_steps": 3}]
     assert by_label["batch: quarter"][0] == {"fisher_batch_size": 16}
     assert by_label["batch: whole"][0] == {"fisher_batch_size": 64}
     assert not any("exact" in label for label, _ in ablation_cases(64, METHODS, METHODS, exact=False))
 
 
 def test_cases_that_name_no_option_are_those_of_the_defaults():
-    """The labels say "3" and "every 5" where the options are left to KPSVD."""
+    """The labels say "1" and "growing" where the options are left to KPSVD."""
     from plans import DEFAULTS
 
     import keras_kpsvd

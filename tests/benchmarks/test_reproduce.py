@@ -58,7 +58,7 @@ def test_a_folder_nobody_may_write_to_is_one_line(small, started, tmp_path, caps
 def test_filters_that_leave_no_run_are_an_error_and_no_plan_is_written(small, started, tmp_path, capsys):
     assert _main(tmp_path, "run", "--problems", "narrow", "--studies", "ablation") == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert "none of the 26 runs" in error and _written(tmp_path) == {}
+    assert "none of the 27 runs" in error and _written(tmp_path) == {}
 
 
 @pytest.mark.parametrize("command", ["status", "report"])
@@ -96,7 +96,7 @@ def test_plan_stands_before_anything_runs_and_an_interrupted_command_goes_on(sma
     started.stop_at = 0
     assert _main(tmp_path, "run", "--studies", "comparison") == 130
     _, plan = read_plan(tmp_path / "plan.json")
-    assert len(plan) == 2 * 3 + 2 * 2 + 1 + 15 and not (tmp_path / "runs.jsonl").exists()
+    assert len(plan) == 2 * 3 + 2 * 2 + 1 + 16 and not (tmp_path / "runs.jsonl").exists()
     started.stop_at = 4
     assert _main(tmp_path, "run", "--studies", "comparison") == 130
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
@@ -126,8 +126,8 @@ def test_runs_that_differ_in_name_only_are_made_once(small, started, tmp_path):
     assert set(made.values()) == {1}
     rows = Results(tmp_path / "runs.jsonl").rows.values()
     shared = [row for row in rows if row.get("shared")]
-    assert len(rows) == len(started.runs) + len(shared) == 15
-    assert {row["label"] for row in shared} == {"conjugate gradients: 3", "interval: every 5", "fisher: sampled"}
+    assert len(rows) == len(started.runs) + len(shared) == 16
+    assert {row["label"] for row in shared} == {"conjugate gradients: 1", "interval: growing", "fisher: sampled"}
     (twin,) = (row for row in rows if row["label"] == "damping: sqrt, adaptive λ")
     assert {k: v for k, v in shared[0].items() if k not in ("label", "shared")} == {
         k: v for k, v in twin.items() if k != "label"
@@ -182,9 +182,9 @@ def test_status_counts_what_is_through_running_and_left(small, started, tmp_path
     printed = capsys.readouterr().out.splitlines()
     assert "comparison   digits      6 of 6 through" in printed
     assert "comparison   narrow      0 of 4 through" in printed
-    assert "ablation     digits      0 of 15 through" in printed and "running: digits, batch 32" in printed
+    assert "ablation     digits      0 of 16 through" in printed and "running: digits, batch 32" in printed
     # Stand-ins take 2 s an epoch: 4 runs of 1 epoch, 15 and 1 of 2.
-    assert printed[-1] == "20 runs left, about 72 s"
+    assert printed[-1] == "21 runs left, about 76 s"
     assert _main(tmp_path, "run") == 2 and "already" in capsys.readouterr().err
     running["process"] = 2**22 + 1  # beyond Linux's largest: a process that is gone
     (tmp_path / "running.json").write_text(json.dumps(running))
