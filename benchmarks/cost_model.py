@@ -34,22 +34,26 @@ from traced_step import TracedStep
 
 from keras_kpsvd import KPSVD
 from keras_kpsvd.curvature import natural_gradient
+from keras_kpsvd.curvature.intervals import LONGEST
 from keras_kpsvd.curvature.reduction import refresh_rows
 from keras_kpsvd.curvature.state import RANK
+from keras_kpsvd.optimizer import FIT_INTERVAL
 
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 NETWORKS = {"curves": 256, "mnist": 512, "conv": 128}  # and batch sizes
+# Updates after which all of the default step is as seldom as it gets.
+EARLY = 100
 NEVER = {"curvature_interval": 10**9, "inverse_interval": 10**9}
 # Arguments of `KPSVD`; of the others the optimizer itself.
 CASES: dict[str, dict | Callable[[], keras.optimizers.Optimizer]] = {
     "sgd": lambda: keras.optimizers.SGD(1e-6, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(1e-6),
     "given rate": {"learning_rate": 1e-6, "damping": 0.1, **NEVER},
-    "one direction": {"conjugate_steps": 1, **NEVER},
+    "one direction": {"fit_interval": 1, **NEVER},
     "two conjugate steps": {"conjugate_steps": 2, **NEVER},
     "three conjugate steps": {"conjugate_steps": 3, **NEVER},
-    "always refreshed": {"conjugate_steps": 1, **NEVER, "curvature_interval": 1},
-    "always inverted": {"conjugate_steps": 1, **NEVER, "inverse_interval": 1},
+    "always refreshed": {"fit_interval": 1, **NEVER, "curvature_interval": 1},
+    "always inverted": {"fit_interval": 1, **NEVER, "inverse_interval": 1},
     "default": {},
 }
 # What is measured: one case less another.
@@ -127,9 +131,8 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
     refresh, inversion = costs.refresh(block, batch, used), costs.inversion(block, RANK)
     gradient = [*costs.gradient(block, batch), *costs.update(block)]
     now_and_then = [costs.Cost(one.flops / intervals, one.moved / intervals) for one in (*refresh, *inversion)]
-    around = costs.passes(weights, costs.FIRST_PASSES + costs.STEP_PASSES)
-    # The last step's image and the first direction's, then two further conjugate steps.
-    default = [*gradient, *precondition, *tangent * 2, around, *conjugate * 2, *now_and_then]
+    fits = [costs.Cost(one.flops / FIT_INTERVAL, one.moved / FIT_INTERVAL) for one in (*tangent, *tangent)]
+    default = [*gradient, *precondition, costs.passes(weights, 11), *fits, *now_and_then]
     preconditioner = [*precondition, costs.passes(weights, 5)]
     parts = (gradient, preconditioner, model, conjugate, refresh, inversion, default)
     return dict(zip(PARTS, parts, strict=True))
@@ -162,7 +165,7 @@ def measure(network: str, batch: int, rounds: int, steps: int) -> dict[str, list
         # On one batch again and again slopes soon hold no more, and conjugate gradients would end after one step.
         with mock.patch.object(natural_gradient, "holds_on_other_batches", lambda _: tf.constant(True)):
             one = TracedStep(problem.build(0), optimizer, problem.loss, batch, classes)
-        one.run(2)
+        one.run(2 if name != "default" else EARLY)
         made[name] = one, one.state()
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(rounds):
@@ -189,8 +192,7 @@ def compare(network: str, batch: int, rounds: int, steps: int) -> tuple[list[Row
     """Both tables of one network."""
     rate, bandwidth = machine()
     seconds = measure(network, batch, rounds, steps)
-    intervals = KPSVD(seed=0).curvature_interval
-    blocks = [(one, counted(one, batch, intervals)) for one in costs.blocks_of(PROBLEMS[network].build(0))]
+    blocks = [(one, counted(one, batch, LONGEST)) for one in costs.blocks_of(PROBLEMS[network].build(0))]
     adam = median(seconds["adam"])
     rows, layers = [], []
     for part, of_rounds in differences(seconds).items():

@@ -29,10 +29,8 @@ ITEM = 4  # bytes
 # Passes over a direction, counted in the code; a test counts them in the graph. An inner product takes four, since the
 # product of the two is written, one with itself a single one. Of the first conjugate step two inner products and a
 # square, and its part of the solution (2). Of each further one the same and three more of the solution, the residual
-# (two parts of the image times their factors, 2 each, their sum and the difference, 3 each) and the direction (5). Of
-# the step around them the slopes of each layer and along the last step, the lengths of both and of the weights, and
-# whether all is finite.
-FIRST_PASSES, CONJUGATE_PASSES, STEP_PASSES = 11, 29, 12
+# (two parts of the image times their factors, 2 each, their sum and the difference, 3 each) and the direction (5).
+FIRST_PASSES, CONJUGATE_PASSES = 11, 29
 UPDATE_PASSES = 12  # The new velocity, and both assignments.
 # Of a factor: out of its packed form and into it, the average, and whether all is finite.
 REFRESH_PASSES, UNPACK_PASSES = 16, 6

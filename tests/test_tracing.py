@@ -55,7 +55,7 @@ def test_a_step_is_traced_once_and_its_first_run_has_curvature(proposals, option
     model.fit(*_data(), batch_size=32, verbose=0)
     assert len(proposals) == 1
     refreshes = [v.numpy() for v in model.optimizer.variables if v.path.endswith("_refreshes") and v.shape == ()]
-    assert refreshes == [1, 1]
+    assert refreshes == [2, 2]  # One in each of the two steps.
 
 
 def test_wrapped_for_float16_too(proposals):

@@ -28,7 +28,7 @@ def _network(method="kfac", build=_build):
         batch=16,
         classes=5,
         method=method,
-        step="cheapest",
+        step="default",
         alone=False,
     )
 
@@ -118,7 +118,7 @@ def test_weights_agree_to_rounding_and_but_for_eigh_to_the_last_bit(method):
     before = stock.weights()
     expected = stock.observe(start, AGREEING_STEPS)
     of_eigh = [one for one in GUARDS if one != "eigh"]
-    for removed, tolerance in ((tuple(GUARDS), TOLERANCES["cheapest"]), (tuple(of_eigh), 1e-6)):
+    for removed, tolerance in ((tuple(GUARDS), TOLERANCES["default"]), (tuple(of_eigh), 1e-6)):
         observed = _trainer(method, *removed).observe(start, AGREEING_STEPS)
         assert difference(observed.weights, expected.weights, before) <= tolerance
         assert observed.exact_fits == expected.exact_fits
