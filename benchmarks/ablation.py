@@ -22,7 +22,7 @@ from evidence import (
     settings_in_order,
     title_of,
 )
-from plans import DEFAULTS
+from plans import DEFAULTS, refreshes_within
 from runs import Row, best_loss
 from tables import DASH, ranged
 
@@ -206,12 +206,7 @@ def refreshes(case: Case) -> tuple[int, int] | None:
     options = next(iter(case.rows.values()))["options"]
     interval = options.get("curvature_interval", DEFAULTS["curvature_interval"])
     steps = case.setting.epochs * math.ceil(case.setting.samples / case.setting.batch)
-    if interval != "growing":
-        return steps, math.ceil(steps / interval)
-    count = due = 0
-    while due < steps:
-        count, due = count + 1, due + min(10, 1 + due // 10)  # keras_kpsvd.curvature.intervals, without TensorFlow
-    return steps, count
+    return steps, refreshes_within(steps, interval)
 
 
 def _refresh_sentences(cases: Sequence[Case]) -> list[str]:

@@ -30,12 +30,12 @@ import numpy as np
 import tensorflow as tf
 from command_line import count
 from measurements import write
+from plans import refreshes_within
 from problems import PROBLEMS, batches
 from runs import cores
 
 from keras_kpsvd import KPSVD
 from keras_kpsvd.callbacks import CurvatureMonitor
-from keras_kpsvd.curvature.intervals import LONGEST
 
 RESULTS = Path(__file__).parent / "results" / "monitor.csv"
 PLAIN, WATCHED, ALWAYS = "without", "with", "always"
@@ -152,7 +152,7 @@ def compare(problem: str, batch: int, method: str, rounds: int, epochs: int, fol
         min(ratios),
         max(ratios),
         median(observed),
-        len(x) // batch * epochs // LONGEST,
+        refreshes_within(len(x) // batch * epochs, KPSVD().curvature_interval),
         own_share,
         median(always),
         median(true_over_own),

@@ -26,6 +26,14 @@ FIXED_DAMPING = 0.003  # what the adaptive one started at when the committed rep
 DEFAULTS = {"conjugate_steps": 1, "curvature_interval": "growing", "inverse_interval": "growing"}
 
 
+def refreshes_within(updates: int, interval: int | str) -> int:
+    """How many of the first updates refresh the curvature: `curvature.intervals.next_due`, without TensorFlow."""
+    count = due = 0
+    while due < updates:
+        count, due = count + 1, due + (min(10, 1 + due // 10) if interval == "growing" else interval)
+    return count
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a problem is: training examples, batch size, epochs, and how many seeds from 0 on."""

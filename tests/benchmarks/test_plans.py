@@ -145,3 +145,16 @@ def test_a_plan_of_another_version_is_one_line_and_nothing_is_overwritten(conten
     if words not in ("--replan", "scale 'standard'"):
         assert _main(tmp_path, "status") == _main(tmp_path, "report") == 2
         assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_refreshes_are_counted_as_the_optimizer_schedules_them():
+    from plans import refreshes_within
+
+    from keras_kpsvd.curvature.intervals import next_due
+
+    for interval in (1, 7, "growing"):
+        for updates in (1, 15, 90, 333):
+            dues = {0}
+            while max(dues) < updates:
+                dues.add(int(next_due(max(dues), interval)))
+            assert refreshes_within(updates, interval) == len([due for due in dues if due < updates])

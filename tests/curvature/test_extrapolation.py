@@ -59,7 +59,15 @@ def test_when_a_fit_must_be_exact():
     kept = _kept(np.eye(2), np.eye(2), 2.0, [-1.0, 0.0])
     late, fall = EXACT_UPDATES + 5, -3.0
 
-    def due(descent=2.0, slope_after=0.0, updates=late, next_fit=late + 1, expected=0.0, examples=FEWEST_EXAMPLES, rebuilt=False):
+    def due(
+        descent=2.0,
+        slope_after=0.0,
+        updates=late,
+        next_fit=late + 1,
+        expected=0.0,
+        examples=FEWEST_EXAMPLES,
+        rebuilt=False,
+    ):
         last, *rest = (tf.constant(value, tf.float32) for value in ([expected, fall], descent, slope_after))
         counts = (tf.constant(updates, tf.int64), tf.constant(next_fit, tf.int64))
         return bool(needs_exact_fit(kept, last, *rest, *counts, tf.constant(rebuilt), tf.constant(examples)))
