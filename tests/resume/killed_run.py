@@ -26,7 +26,7 @@ class _Tell(keras.callbacks.Callback):
 
 
 def _new_model():
-    options = {"gradient_accumulation_steps": ACCUMULATED, "use_ema": True, "weight_decay": 1e-3}
+    options = {"gradient_accumulation_steps": ACCUMULATED, "use_ema": True, "weight_decay": 1e-3, "conjugate_steps": 3}
     return network(KPSVD(method="kfac_corrected", seed=5, **options, **INTERVALS), deep=True)
 
 

@@ -30,7 +30,7 @@ TORN = ("opened", "header", "data", "all but the last header")
 
 KILLS = 20
 EARLY = 4  # So many of them while the process starts, restores or traces.
-STARTING, SAVING = 5.0, 0.04  # Seconds: a start takes about as long as the first, a batch and a save less.
+STARTING, SAVING = 3.0, 0.04  # Seconds: a start takes about as long as the first, a batch and a save less.
 
 
 def _arrays(path):
