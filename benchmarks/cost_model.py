@@ -127,12 +127,13 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
     precondition, tangent = costs.precondition(block, RANK), costs.tangent(block, batch)
     conjugate = [*tangent, *costs.cotangent(block, batch), *precondition, *costs.conjugate_vectors(block)]
     # Of two directions: their inner products with each other and with the gradient, their lengths and the weights'.
-    model = [*tangent, *tangent, costs.passes(weights, 11)]
+    products = costs.passes(weights, 11)
+    model = [*tangent, *tangent, products]
     refresh, inversion = costs.refresh(block, batch, used), costs.inversion(block, RANK)
     gradient = [*costs.gradient(block, batch), *costs.update(block)]
     now_and_then = [costs.Cost(one.flops / intervals, one.moved / intervals) for one in (*refresh, *inversion)]
     fits = [costs.Cost(one.flops / FIT_INTERVAL, one.moved / FIT_INTERVAL) for one in (*tangent, *tangent)]
-    default = [*gradient, *precondition, costs.passes(weights, 11), *fits, *now_and_then]
+    default = [*gradient, *precondition, products, *fits, *now_and_then]
     preconditioner = [*precondition, costs.passes(weights, 5)]
     parts = (gradient, preconditioner, model, conjugate, refresh, inversion, default)
     return dict(zip(PARTS, parts, strict=True))

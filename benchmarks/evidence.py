@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from contestants import CONTESTANTS
-from defaults import race
 from problems import PROBLEMS
+from races import race
 from runs import SEARCH_SEED, Row, best_loss, best_options
 
 CONDITIONS = ("device", "jobs", "threads")

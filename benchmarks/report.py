@@ -9,7 +9,6 @@ from typing import Any
 import figures
 from ablation import MEASURES, SECONDS, Case, ablation_lines, cases_of, sentences, table_of
 from contestants import CONTESTANTS, edge_of_grid
-from defaults import write_csv
 from evidence import (
     Setting,
     Standing,
@@ -25,7 +24,7 @@ from evidence import (
 )
 from paper import BESIDE, CHANCE, CLAIM_COLUMNS, NOTES, PAPER, SOURCE, batch_sizes, beside, count_verdicts, judge
 from runs import SEARCH_SEED, Row
-from tables import DASH, SUMMARY, as_markdown, as_text, cells_of, in_words
+from tables import DASH, SUMMARY, as_markdown, as_text, cells_of, in_words, write_csv
 
 REPORT = "report.md"
 

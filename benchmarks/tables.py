@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 DASH = "–"
@@ -93,3 +95,11 @@ def as_markdown(cells: list[list[str]]) -> str:
     """GitHub's table, the first row a heading."""
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join([rows[0], "|" + "---|" * len(cells[0]), *rows[1:]])
+
+
+def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
+    """All numbers of the table, unrounded; nothing where the table has a dash."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)

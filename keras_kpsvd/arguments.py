@@ -47,21 +47,10 @@ def check_fraction(argument: str, value: Any, *, one: bool) -> None:
         raise ValueError(f"`{argument}` must be in [0, 1{']' if one else ')'}. Received: {argument}={value!r}")
 
 
-def check_count(argument: str, value: Any) -> None:
-    """An integer of 1 or more."""
+def check_count(argument: str, value: Any, alternative: str = "") -> None:
+    """An integer of 1 or more; `alternative` says what else would be accepted."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{argument}` must be an integer of 1 or more. Received: {argument}={value!r}")
-
-
-def check_interval(argument: str, value: Any) -> None:
-    """A number of updates, or "growing"."""
-    if not (isinstance(value, str) and value == "growing"):
-        try:
-            check_count(argument, value)
-        except ValueError:
-            raise ValueError(
-                f"`{argument}` must be an integer of 1 or more, or 'growing'. Received: {argument}={value!r}"
-            ) from None
+        raise ValueError(f"`{argument}` must be an integer of 1 or more{alternative}. Received: {argument}={value!r}")
 
 
 def check_strategy(strategy: tf.distribute.Strategy, *, seeded: bool) -> None:

@@ -16,7 +16,6 @@ from keras_kpsvd.arguments import (
     check_combinations,
     check_count,
     check_fraction,
-    check_interval,
     check_positive,
     check_rate,
     check_strategy,
@@ -155,8 +154,9 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             check_positive("damping", damping, " or 'adaptive'")
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip, " or None")
-        check_interval("curvature_interval", curvature_interval)
-        check_interval("inverse_interval", inverse_interval)
+        for name, interval in (("curvature_interval", curvature_interval), ("inverse_interval", inverse_interval)):
+            if interval != "growing":
+                check_count(name, interval, " or 'growing'")
         check_count("conjugate_steps", conjugate_steps)
         if fit_interval is None:
             fit_interval = FIT_INTERVAL if conjugate_steps == 1 else 1

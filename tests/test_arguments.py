@@ -56,6 +56,8 @@ def test_the_ends_of_every_range_are_accepted():
     numpy = {"damping": np.float32(0.1), "curvature_interval": np.int64(3), "momentum": np.float64(0.5)}
     optimizer = KPSVD(learning_rate=np.float32(0.5), **numpy)
     assert keras.saving.serialize_keras_object(optimizer)["config"]["curvature_interval"] == 3
+    with pytest.raises(ValueError, match=r"1 or more or 'growing'"):
+        KPSVD(curvature_interval="grow")
     optimizer = KPSVD(curvature_interval="growing", inverse_interval=7)
     config = keras.saving.serialize_keras_object(optimizer)["config"]
     assert (config["curvature_interval"], config["inverse_interval"]) == ("growing", 7)

@@ -72,3 +72,10 @@ def main_of_reproduce(path, command, *arguments):
     from reproduce import main
 
     return main([command, "--quick", "--results", str(path), *arguments])
+
+
+def by_key(*rows):
+    """Rows as `Results.rows` has them."""
+    from runs import key_of
+
+    return {key_of(row): row for row in rows}

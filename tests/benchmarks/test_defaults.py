@@ -1,4 +1,4 @@
-"""The comparison of KPSVD's defaults with Adam: plan, resuming, command line, arithmetic of the table."""
+"""The comparison of KPSVD's defaults with Adam: plan, resuming, command line, what `table` writes."""
 
 import csv
 import json
@@ -8,15 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from .conftest import make_row
+from .conftest import by_key, make_row
 
 PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep")
-
-
-def _by_key(*rows):
-    from runs import key_of
-
-    return {key_of(row): row for row in rows}
 
 
 # The plan
@@ -67,12 +61,12 @@ def test_best_rate_of_another_seed_waits_for_all_rates_of_the_search_seed():
 
     plan = make_plan(["digits"], [64], [1], ["adam"], epochs=3)
     rows = [make_row([rate], options={"learning_rate": rate}) for rate in RATES]
-    assert plan[-1].options is None and ready(plan[-1], _by_key(*rows[1:])) is None
-    assert ready(plan[-1], _by_key(*rows)) == replace(plan[-1], options={"learning_rate": min(RATES)})
+    assert plan[-1].options is None and ready(plan[-1], by_key(*rows[1:])) is None
+    assert ready(plan[-1], by_key(*rows)) == replace(plan[-1], options={"learning_rate": min(RATES)})
     for row in rows:
         row["status"] = "diverged"
     with pytest.raises(LookupError):
-        ready(plan[-1], _by_key(*rows))
+        ready(plan[-1], by_key(*rows))
 
 
 # Results and resuming
@@ -91,7 +85,7 @@ def test_damaged_lines_are_named_and_kept_and_the_last_row_of_a_key_counts(tmp_p
     assert "line 2, 4, 5, 6" in results.warning() and "\n" not in results.warning()
     results.append(rows[2])
     assert path.read_text().splitlines() == [*lines, json.dumps(rows[2])]
-    assert Results(path).rows == results.rows == _by_key(rows[1], rows[2])
+    assert Results(path).rows == results.rows == by_key(rows[1], rows[2])
     assert Results(tmp_path / "none").warning() is None
 
 
@@ -230,111 +224,6 @@ def test_label_is_made_of_the_options_and_threads_of_the_jobs(monkeypatch):
 # The table
 
 
-def test_race_counts_epochs_and_seconds_to_adams_lowest_loss():
-    from defaults import race
-
-    adam = make_row([0.9, 0.3, 0.4], [2.0, 1.0, 2.0])
-    result = race(make_row([0.8, 0.5, 0.3, 0.1], [6.0, 2.0, 3.0, 3.0], optimizer="kpsvd"), adam)
-    assert (result["epochs"], result["seconds"]) == (3, 11.0)
-    assert result["epochs_ratio"] == pytest.approx(3 / 2) and result["seconds_ratio"] == pytest.approx(11 / 3)
-    assert result["epoch_seconds_ratio"] == pytest.approx(3 / 1.5)
-    assert not result["ends_above"]
-    never = race(make_row([0.8, None], optimizer="kpsvd", status="diverged"), adam)
-    assert never["epochs"] is never["seconds"] is never["seconds_ratio"] is None and never["ends_above"]
-    assert race(make_row([0.2, 0.41], optimizer="kpsvd"), adam)["ends_above"]
-    assert not race(make_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
-
-
-def test_race_looks_at_the_last_epoch_that_ended_within_adams_time():
-    from defaults import race
-
-    adam = make_row([0.9, 0.3], [2.0, 2.0])
-    own = make_row([0.5, 0.4, 0.2], [3.0, 1.0, 1.0], optimizer="kpsvd", accuracies=[0.1, 0.2, 0.3])
-    assert (race(own, adam)["held_out_loss"], race(own, adam)["held_out_accuracy"]) == (4.0, 0.2)
-    own["seconds"] = [4.5, 1.0, 1.0]
-    assert race(own, adam)["held_out_loss"] is race(own, adam)["held_out_accuracy"] is None
-    own["seconds"] = [1.0, 1.0, 1.0]
-    assert race(own, adam)["held_out_accuracy"] == 0.3
-
-
-def test_table_pairs_seeds_and_takes_medians_with_never_as_infinite():
-    from defaults import summarise
-
-    rates = [
-        make_row([loss], options={"learning_rate": rate}) for rate, loss in ((3e-4, 0.9), (1e-3, 0.2), (3e-3, 0.5))
-    ]
-    rows = _by_key(
-        *rates,
-        make_row([0.4], seed=1),
-        make_row([0.6], seed=2),
-        make_row([0.9], options={"learning_rate": 3e-4}, seed=1),  # of an earlier search: not at the best rate
-        make_row([0.3, 0.1], [3.0, 1.0], optimizer="kpsvd"),
-        make_row([0.3, 0.25], [2.0, 1.0], optimizer="kpsvd", seed=1),
-        make_row([0.9, 0.8], optimizer="kpsvd", seed=2),
-        make_row([0.1], optimizer="kpsvd", seed=3),  # no Adam on this seed
-        make_row([0.5, None], optimizer="kpsvd", options={"method": "kfac"}, status="diverged"),
-    )
-    adam, kfac, plain = sorted(summarise(rows), key=lambda line: (line["label"], line["options"] == "{}"))
-    assert json.loads(adam["options"]) == {"learning_rate": 1e-3}
-    assert (adam["best_loss"], adam["best_loss_low"], adam["best_loss_high"], adam["seeds"]) == (0.4, 0.2, 0.6, 3)
-    assert (adam["epochs_to_adam"], adam["seconds_to_adam"], adam["epochs_ratio"]) == (1, 1.0, None)
-    assert adam["flags"] == "3 of 5 rates tried"
-    assert plain["reached"] == "2/3" and plain["epochs_to_adam"] == 2 and plain["seconds_ratio"] == 4.0
-    assert plain["best_loss"] == pytest.approx(0.175) and plain["held_out_loss"] == pytest.approx(1.75)
-    assert plain["held_out_loss_equal_time"] is None and "ends above Adam 1/3" in plain["flags"]
-    assert kfac["reached"] == "0/1" and kfac["epochs_ratio"] is None and kfac["held_out_loss"] is None
-    assert "diverged 1/1" in kfac["flags"] and "ends above Adam 1/1" in kfac["flags"]
-
-
-def test_table_keeps_problems_batches_and_epochs_apart_and_flags_what_cannot_be_compared():
-    from defaults import summarise
-
-    rows = _by_key(
-        make_row([0.5], options={"learning_rate": 3e-4}),
-        make_row([0.4], optimizer="kpsvd", jobs=2),
-        make_row([0.4], optimizer="kpsvd") | {"batch": 1024},
-        make_row([0.4], optimizer="kpsvd") | {"epochs": 9},
-        make_row([0.4], optimizer="kpsvd") | {"problem": "curves"},
-    )
-    lines = summarise(rows)
-    assert [(line["problem"], line["batch"], line["epochs"], line["label"]) for line in lines] == [
-        ("curves", 64, 3, "kpsvd"),
-        ("digits", 64, 3, "adam"),
-        ("digits", 64, 3, "kpsvd"),
-        ("digits", 64, 9, "kpsvd"),
-        ("digits", 1024, 3, "kpsvd"),
-    ]
-    assert lines[2]["flags"] == "timed under other conditions than Adam; timed beside other runs"
-    assert all("no Adam on the same seeds" in lines[k]["flags"] for k in (0, 3, 4))
-
-
-def test_short_runs_are_held_against_the_shortest_of_adams_that_are_longer():
-    from defaults import summarise
-
-    rows = _by_key(
-        make_row([0.5], options={"learning_rate": 3e-4}) | {"epochs": 2},
-        make_row([0.5, 0.4, 0.35, 0.3], options={"learning_rate": 3e-4}) | {"epochs": 4},
-        make_row([0.4, 0.2], options={"learning_rate": 1e-3}) | {"epochs": 9},
-        make_row([0.6, 0.4, 0.3], optimizer="kpsvd"),
-        make_row([0.6], optimizer="kpsvd") | {"epochs": 12},
-    )
-    shorter, longer = (line for line in summarise(rows) if line["label"] == "kpsvd")
-    assert (shorter["epochs"], shorter["epochs_to_adam"], shorter["epochs_ratio"]) == (3, 3, 3 / 4)
-    assert longer["reached"] == "0/0" and "no Adam on the same seeds" in longer["flags"]
-
-
-def test_races_are_those_of_the_default_against_the_runs_that_the_table_holds_it_against():
-    from defaults import races
-
-    long = make_row([0.5, 0.4, 0.35, 0.3], options={"learning_rate": 1e-3}) | {"epochs": 4}
-    worse = make_row([0.9] * 4, options={"learning_rate": 3e-4}) | {"epochs": 4}
-    second = make_row([0.6] * 4, options={"learning_rate": 1e-3}, seed=1) | {"epochs": 4}
-    own = [make_row([0.6, 0.4, 0.3], optimizer="kpsvd", seed=seed) for seed in (0, 1)]
-    other = make_row([0.1], optimizer="kpsvd", options={"method": "kpsvd"}) | {"label": "other"}
-    alone = make_row([0.4], optimizer="kpsvd") | {"batch": 1024}
-    assert races([worse, long, second, *own, other, alone]) == {"digits, batch 64": ([long, second], own)}
-
-
 def test_every_epoch_of_every_run_is_a_row_of_a_csv(tmp_path):
     from defaults import parse_arguments, table_command
     from runs import Results
@@ -355,17 +244,9 @@ def test_every_epoch_of_every_run_is_a_row_of_a_csv(tmp_path):
     assert json.loads(rows[0]["options"]) == {"learning_rate": 3e-4} and rows[0]["problem"] == "digits"
 
 
-def test_best_rate_at_the_end_of_the_range_is_flagged():
-    from defaults import RATES, summarise
-
-    rows = [make_row([rate], options={"learning_rate": rate}) for rate in RATES]
-    assert summarise(_by_key(*rows))[0]["flags"] == "best rate at the edge"
-    rows[2] = make_row([0.0001], options={"learning_rate": RATES[2]})
-    assert summarise(_by_key(*rows))[0]["flags"] == ""
-
-
 def test_printed_table_and_csv_hold_the_same_numbers_and_the_verdict_counts_wins(tmp_path, capsys):
-    from defaults import parse_arguments, summarise, table_command
+    from defaults import parse_arguments, table_command
+    from races import summarise
     from runs import Results
 
     path = tmp_path / "results.jsonl"
@@ -379,7 +260,7 @@ def test_printed_table_and_csv_hold_the_same_numbers_and_the_verdict_counts_wins
         results.append(row)
     assert table_command(parse_arguments(["table", "--results", str(path)])) == 0
     printed = capsys.readouterr().out
-    assert "0.3 (0.3–0.3)" in printed and "adam 0.001" in printed
+    assert "  0.3  " in printed and "adam 0.001" in printed
     assert (
         "kpsvd {}: reaches Adam's lowest training loss sooner in 1 of 2 comparisons by epochs, in 0 by sec" in printed
     )
