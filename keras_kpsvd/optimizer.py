@@ -154,9 +154,10 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             check_positive("damping", damping, " or 'adaptive'")
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip, " or None")
-        for name, interval in (("curvature_interval", curvature_interval), ("inverse_interval", inverse_interval)):
+        intervals = {"curvature_interval": curvature_interval, "inverse_interval": inverse_interval}
+        for argument, interval in intervals.items():
             if interval != "growing":
-                check_count(name, interval, " or 'growing'")
+                check_count(argument, interval, " or 'growing'")
         check_count("conjugate_steps", conjugate_steps)
         if fit_interval is None:
             fit_interval = FIT_INTERVAL if conjugate_steps == 1 else 1
