@@ -167,3 +167,37 @@ def rule_solve(terms, matrix, damping, rule="sqrt", indefinite="absolute"):
     divisor = 1 + np.abs(x) if indefinite == "absolute" else np.where(1 + x > 0, 1 + x, 1 + np.abs(x))
     inverse = root @ (basis / divisor) @ basis.T @ root
     return (inverse @ np.asarray(matrix, np.float64).reshape(-1)).reshape(matrix.shape)
+
+
+def split_by_counts(basis):
+    """A full basis that begins with the columns given, and for how many directions each of them and the rest stand."""
+    d, k = basis.shape
+    complement = np.linalg.svd(np.asarray(basis, np.float64), full_matrices=True)[0][:, k:]
+    return np.concatenate([basis, complement], axis=1), [1] * k + [d - k] * (d > k)
+
+
+def diagonal_in_bases(matrix, left, right):
+    """`diag((U_A ⊗ U_G)ᵀ F (U_A ⊗ U_G))` with one mean for all directions that a basis does not hold."""
+    (left, left_counts), (right, right_counts) = split_by_counts(left), split_by_counts(right)
+    full = np.kron(left, right)
+    values = np.einsum("ij,ij->j", full, matrix @ full).reshape(len(left), len(right))
+    for axis, counts in enumerate((left_counts, right_counts)):
+        starts = np.cumsum([0, *counts[:-1]])
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        values = np.add.reduceat(values, starts, axis=axis) / np.reshape(counts, shape)
+    return values
+
+
+def matrix_of_diagonal(values, left, right):
+    """The dense matrix that has this diagonal in the bases, and nothing beside it."""
+    (left, left_counts), (right, right_counts) = split_by_counts(left), split_by_counts(right)
+    spread = np.repeat(np.repeat(values, left_counts, axis=0), right_counts, axis=1)
+    full = np.kron(left, right)
+    return full * spread.reshape(-1) @ full.T
+
+
+def corrected_diagonal(diagonal, left_values, right_values, left_mean, right_mean, damping, factored, rule="sqrt"):
+    """`S + (1 − φ) λ + φ ((e_A + λ_A)(e_G + λ_G)ᵀ − e_A e_Gᵀ)`, mean eigenvalues given."""
+    damping_left, damping_right = factor_damping(np.diag([left_mean]), np.diag([right_mean]), damping, rule)
+    damped = np.outer(left_values + damping_left, right_values + damping_right)
+    return diagonal + (1 - factored) * damping + factored * (damped - np.outer(left_values, right_values))

@@ -1,6 +1,16 @@
 """Mathematics of Kronecker-product approximations of a Fisher block: TensorFlow only, no Keras, no variables."""
 
-from .damping import DAMPING_RULES, DampingRule, curvature_moments, factor_damping
+from .damping import DAMPING_RULES, DampingRule, curvature_moments, factor_damping, split_damping
+from .eigenbasis import (
+    apply_diagonal,
+    damped_diagonal,
+    diagonal_of_samples,
+    diagonal_of_weight_gradients,
+    directions_left_free,
+    factor_eigenbasis,
+    multiplicities,
+    transported,
+)
 from .gram import gram_triples, row_gram, weighted_outer_products
 from .kronecker import KroneckerSum, recompress
 from .lanczos import golub_kahan_lanczos
@@ -42,19 +52,26 @@ __all__ = [
     "TruncatedInverse",
     "all_finite",
     "apply_corrected",
+    "apply_diagonal",
     "apply_one_term",
     "apply_two_term",
     "cheapest_route",
     "correction_rank",
     "curvature_moments",
     "damped_cholesky",
+    "damped_diagonal",
+    "diagonal_of_samples",
+    "diagonal_of_weight_gradients",
+    "directions_left_free",
     "factor_damping",
+    "factor_eigenbasis",
     "golub_kahan_lanczos",
     "gram_triples",
     "invert_one_term",
     "joint_eigenbasis",
     "leading_eigenpairs",
     "leading_triples",
+    "multiplicities",
     "one_term_and_correction",
     "pack",
     "packed_size",
@@ -63,7 +80,9 @@ __all__ = [
     "row_gram",
     "rows_of",
     "size_of",
+    "split_damping",
     "sum_in_order",
+    "transported",
     "truncated_inverse",
     "two_term_denominators",
     "unpack",

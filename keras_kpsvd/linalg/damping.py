@@ -33,12 +33,19 @@ def factor_damping(
     Raises:
         ValueError: On an unknown rule.
     """
+    mean_a, mean_g = (tf.reduce_mean(tf.linalg.diag_part(factor)) for factor in (A, G))
+    return split_damping(mean_a, mean_g, damping, rule)
+
+
+def split_damping(
+    mean_a: tf.Tensor, mean_g: tf.Tensor, damping: float | tf.Tensor, rule: DampingRule = "sqrt"
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`factor_damping` of factors whose mean eigenvalues are known, scalars."""
     if rule not in DAMPING_RULES:
         raise ValueError(f"`damping_rule` must be 'sqrt' or 'factor'. Received: damping_rule={rule!r}")
-    damping = as_scalar(damping, A.dtype)
+    damping = as_scalar(damping, mean_a.dtype)
     if rule == "factor":
         return damping, damping
-    mean_a, mean_g = (tf.reduce_mean(tf.linalg.diag_part(factor)) for factor in (A, G))
     usable = (mean_a > 0) & (mean_g > 0)
     one = tf.ones_like(mean_a)
     # Roots before the quotient: the quotient of two traces may leave float32's range.
