@@ -29,9 +29,10 @@ import tensorflow as tf
 
 import keras_kpsvd
 from keras_kpsvd.curvature.intervals import LONGEST
+from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import MEMORY_BUDGET, LayerCall, refresh_rows
 from keras_kpsvd.curvature.samples import layer_calls, pass_heads, preactivation_gradients
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature, invert_layers, refresh_layers
+from keras_kpsvd.curvature.state import LayerCurvature, invert_layers, refresh_layers
 from keras_kpsvd.layers import Recorder, RecordingLayer
 
 BATCH, SIZE, CLASSES = 128, 32, 10
@@ -141,7 +142,7 @@ def refreshes(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def steps(rounds: int) -> dict[str, dict[str, float]]:
-    """Steps of compiled models. "plain" refreshes nothing, "average" every tenth as the default does later on."""
+    """Steps of compiled models. "plain" refreshes nothing, "average" every twentieth as the default does later on."""
     x, y = images()
     x, y = tf.constant(x), tf.constant(y)
     rare, length = 10**6, LONGEST

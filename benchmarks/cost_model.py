@@ -1,6 +1,6 @@
 """What a step of `kfac` takes: floating-point operations and bytes by formula, against the time it is measured to take.
 
-    python benchmarks/cost_model.py [--networks curves mnist conv] [--rounds 7] [--steps 10]
+    python benchmarks/cost_model.py [--networks curves mnist conv] [--rounds 7] [--steps 20]
 
 `costs.py` has the formulas. Parts of a step are measured as differences between whole training steps with and without
 them, in blocks that take turns, each from the same state; the median over rounds. Formulas become times by the rate of
@@ -42,18 +42,18 @@ from keras_kpsvd.optimizer import FIT_INTERVAL
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"
 NETWORKS = {"curves": 256, "mnist": 512, "conv": 128}  # and batch sizes
 # Updates after which all of the default step is as seldom as it gets.
-EARLY = 100
+EARLY = 200
 NEVER = {"curvature_interval": 10**9, "inverse_interval": 10**9}
 # Arguments of `KPSVD`; of the others the optimizer itself.
 CASES: dict[str, dict | Callable[[], keras.optimizers.Optimizer]] = {
     "sgd": lambda: keras.optimizers.SGD(1e-6, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(1e-6),
-    "given rate": {"learning_rate": 1e-6, "damping": 0.1, **NEVER},
+    "given rate": {"learning_rate": 1e-6, "damping": 0.1, "eigenvalues": "corrected", **NEVER},
     "one direction": {"fit_interval": 1, **NEVER},
     "two conjugate steps": {"conjugate_steps": 2, **NEVER},
     "three conjugate steps": {"conjugate_steps": 3, **NEVER},
     "always refreshed": {"fit_interval": 1, **NEVER, "curvature_interval": 1},
-    "always inverted": {"fit_interval": 1, **NEVER, "inverse_interval": 1},
+    "always inverted": {"fit_interval": 1, **NEVER, "curvature_interval": 1, "inverse_interval": 1},
     "default": {},
 }
 # What is measured: one case less another.
@@ -63,7 +63,7 @@ PARTS = {
     "model of two directions": ("one direction", "given rate"),
     "a conjugate step": ("three conjugate steps", "two conjugate steps"),
     "refresh": ("always refreshed", "one direction"),
-    "inversion": ("always inverted", "one direction"),
+    "inversion": ("always inverted", "always refreshed"),
     "whole default step": ("default", None),
 }
 
@@ -122,14 +122,14 @@ def counted(block: costs.Block, batch: int, intervals: int) -> dict[str, list[co
         intervals: of refresh and inversion in the default step.
     """
     # Of a given rate: each layer's slope for the KL bound, and whether the gradient is finite, for which all waits.
-    used = refresh_rows("kfac", [(block.d_in, block.d_out)], block.positions)
+    used = refresh_rows("kfac", [(block.d_in, block.d_out)], block.positions, corrected=True)
     weights = block.d_in * block.d_out
     precondition, tangent = costs.precondition(block, RANK), costs.tangent(block, batch)
     conjugate = [*tangent, *costs.cotangent(block, batch), *precondition, *costs.conjugate_vectors(block)]
     # Of two directions: their inner products with each other and with the gradient, their lengths and the weights'.
     products = costs.passes(weights, 11)
     model = [*tangent, *tangent, products]
-    refresh, inversion = costs.refresh(block, batch, used), costs.inversion(block, RANK)
+    refresh, inversion = costs.refresh(block, batch, used, RANK), costs.inversion(block, RANK)
     gradient = [*costs.gradient(block, batch), *costs.update(block)]
     now_and_then = [costs.Cost(one.flops / intervals, one.moved / intervals) for one in (*refresh, *inversion)]
     fits = [costs.Cost(one.flops / FIT_INTERVAL, one.moved / FIT_INTERVAL) for one in (*tangent, *tangent)]
@@ -248,11 +248,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=7, help="timed blocks of each case")
-    parser.add_argument("--steps", type=int, default=10, help="of a block, a multiple of 5")
+    parser.add_argument("--steps", type=int, default=LONGEST, help=f"of a block, a multiple of {LONGEST}")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.steps < 1 or options.steps % 5:
-        parser.error("--rounds must be positive, and --steps a multiple of 5")
+    if options.rounds < 1 or options.steps < 1 or options.steps % LONGEST:
+        parser.error(f"--rounds must be positive, and --steps a multiple of {LONGEST}")
     rows: list[Row] = []
     layers: list[LayerRow] = []
     for network in options.networks:

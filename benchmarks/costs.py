@@ -4,15 +4,16 @@ With `n` rows of a batch, `T` positions a row (1 of a dense layer), a block of `
 included), and `k` eigenpairs of a truncated factor. A product of `[m, k]` and `[k, n]` takes `2 m k n` operations and
 moves each of the three matrices once; what works entry by entry moves what it reads and writes. All is in float32.
 
-Parts of `kfac`:
+Parts of `kfac` with corrected eigenvalues:
 
 - gradient: a product forward, one for the weights' gradient, and but in the first layer one for the inputs'.
 - `Jδ` (`step_control.linearised_outputs`): `ā δ`, and but in the first layer the tangent times the weights.
 - `Jᵀu` (`conjugate.weight_products`): as the gradient without the forward product.
-- preconditioner: of either side the inverse, or its `k` eigenpairs twice.
+- preconditioner: into the basis of eigenvectors of either side, all of them or `k`, and back.
 - vectors: what a conjugate step does with whole directions; an update of the weights.
-- refresh: the gradient by drawn targets without the weights' part, both second moments, their averages.
-- inversion: two Cholesky factors and a solve, or one step of subspace iteration with Rayleigh–Ritz.
+- refresh: the gradient by drawn targets without the weights' part, both second moments, their averages, and the
+  diagonal in the eigenbasis: of one position samples times both bases and a product of squares, of several from `D_n`.
+- inversion: of either side eigenvectors anew, by one step of subspace iteration with Rayleigh–Ritz if not all.
 """
 
 from __future__ import annotations
@@ -107,14 +108,20 @@ def cotangent(block: Block, rows: int) -> list[Cost]:
 
 
 def precondition(block: Block, rank: int) -> list[Cost]:
-    """`A_λ⁻¹ ∇ G_λ⁻¹`."""
-    costs = [passes(block.d_in * block.d_out, 4)]  # The bias row joined to the kernel, and cut off again.
-    for size, other in ((block.d_in, block.d_out), (block.d_out, block.d_in)):
-        if size <= 2 * rank:
-            costs.append(product(size, size, other))
-        else:
-            costs += [product(rank, size, other), product(size, rank, other), passes(size * other, 5)]
+    """`linalg.apply_diagonal`."""
+    d_in, d_out = block.d_in, block.d_out
+    k_in, k_out = kept(d_in, rank), kept(d_out, rank)
+    costs = [passes(d_in * d_out, 4)]  # The bias row joined to the kernel, and cut off again.
+    costs += [product(k_in, d_in, d_out), product(k_in, d_out, k_out), product(k_in, k_out, d_out)]
+    costs.append(product(d_in, k_in, d_out))
+    if k_in < d_in:
+        costs += [product(d_in, d_out, k_out), product(d_in, k_out, d_out), passes(d_in * d_out, 5)]
     return costs
+
+
+def kept(size: int, rank: int) -> int:
+    """How many eigenvectors of a factor are."""
+    return size if size <= 2 * rank else rank
 
 
 def conjugate_vectors(block: Block) -> list[Cost]:
@@ -127,29 +134,38 @@ def update(block: Block) -> list[Cost]:
     return [passes(block.d_in * block.d_out, UPDATE_PASSES)]
 
 
-def refresh(block: Block, rows: int, used: int | None) -> list[Cost]:
-    """KFAC's factors from a batch of `rows`, of which `used` enter (None: all)."""
-    at = (rows if used is None else min(used, rows)) * block.positions
+def refresh(block: Block, rows: int, used: int | None, rank: int) -> list[Cost]:
+    """KFAC's factors and the diagonal from a batch of `rows`, of which `used` enter (None: all)."""
+    examples = rows if used is None else min(used, rows)
+    at = examples * block.positions
     costs = [] if block.first else [_with_rows(block, rows)]
     for size in (block.d_in, block.d_out):
         costs += [product(size, at, size), passes(size * size, REFRESH_PASSES)]
-    if block.positions > 1:
-        costs.append(passes(at * block.d_in, 4))  # Patches.
-    return costs
+    d_in, d_out = block.d_in, block.d_out
+    k_in, k_out = kept(d_in, rank), kept(d_out, rank)
+    if block.positions == 1:
+        return [*costs, product(at, d_in, k_in), product(at, d_out, k_out), product(k_in, at, k_out)]
+    costs.append(passes(at * d_in, 4))  # Patches.
+    costs.append(Cost(2.0 * at * d_in * d_out, ITEM * examples * d_in * d_out))
+    costs += [product(k_in, d_in, examples * d_out), product(examples * d_in, d_out, k_out)]
+    return [*costs, product(k_in * examples, d_out, k_out)]
 
 
 def inversion(block: Block, rank: int) -> list[Cost]:
-    """Both preconditioners."""
+    """Both bases."""
     costs = []
     for size in (block.d_in, block.d_out):
         costs.append(passes(size * size, UNPACK_PASSES))
-        if size <= 2 * rank:  # Two factors, a solve with the identity.
-            costs.append(Cost(2 * size**3 / 3 + 2 * size**3, 8 * ITEM * size**2))
+        if size <= 2 * rank:
+            costs.append(Cost(9 * size**3, 4 * ITEM * size**2))  # eigh
         else:
             costs.append(passes(size * size, TRUNCATED_PASSES))
             costs += [product(size, size, rank)] * 2 + [product(rank, size, rank), product(size, rank, rank)]
             costs.append(Cost(4 * size * rank**2, 4 * ITEM * size * rank))  # QR.
             costs += [Cost(9 * rank**3, 4 * ITEM * rank**2), product(size, size, 1)]  # eigh, probe.
+    # What is known carried over: both old bases times the new ones.
+    for size in (block.d_in, block.d_out):
+        costs.append(product(kept(size, rank), size, kept(size, rank)))
     return costs
 
 

@@ -28,8 +28,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import LayerCall
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import LayerCurvature
 from keras_kpsvd.linalg import RearrangedFisher, leading_triples, power_iteration
 
 MNIST_SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)

@@ -30,7 +30,7 @@ def refreshes_within(updates: int, interval: int | str) -> int:
     """How many of the first updates refresh the curvature: `curvature.intervals.next_due`, without TensorFlow."""
     count = due = 0
     while due < updates:
-        count, due = count + 1, due + (min(10, 1 + due // 10) if interval == "growing" else interval)
+        count, due = count + 1, due + (min(20, 1 + due // 10) if interval == "growing" else interval)
     return count
 
 

@@ -68,6 +68,9 @@ def size(variables: list[keras.Variable]) -> int:
     return sum(variable.value.shape.num_elements() * variable.value.dtype.size for variable in variables)
 
 
+INVERSES = ("inverse", "basis", "weights", "shift", "K1", "K2", "s1", "s2", "eigenvalues")
+
+
 def part_of(variable: keras.Variable) -> str:
     """Which of `PARTS` a variable of KPSVD belongs to, or "other"."""
     if variable.name.startswith(("model_", "next_")):  # Of the step and of its intervals, not of a layer.
@@ -77,7 +80,7 @@ def part_of(variable: keras.Variable) -> str:
         return "momentum"
     if kind in ("A", "G", "P", "Q"):
         return "factors"
-    return "preconditioners" if kind in ("inverse", "basis", "weights", "shift", "K1", "K2", "s1", "s2") else "other"
+    return "preconditioners" if kind in INVERSES else "other"
 
 
 def measure(network: str, method: str) -> Row:

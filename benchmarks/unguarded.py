@@ -19,7 +19,7 @@ import tensorflow as tf
 from keras_kpsvd import steps
 from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
 from keras_kpsvd.curvature.failures import Failures
-from keras_kpsvd.linalg import gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
+from keras_kpsvd.linalg import eigenbasis, gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
 from keras_kpsvd.tracing import graph_function
 
 # A module, or a class; a name in it; what stands there while a step is traced.
@@ -111,7 +111,7 @@ def _inverting(options: Any, terms: Any, old: Any, known: Any, damping: Any) -> 
 
 
 _STOCK_INVERT = state._invert
-_LINALG = (gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated)
+_LINALG = (eigenbasis, gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated)
 
 # Name and what it is, then what takes it out.
 GUARDS: dict[str, tuple[str, list[Replacement]]] = {
@@ -124,10 +124,17 @@ GUARDS: dict[str, tuple[str, list[Replacement]]] = {
         [*trusting(natural_gradient), (steps, "tf", Folding())],
     ),
     "factors": (
-        "samples and new factors are finite, and exact triples exact, else the old ones stay",
+        "samples and new factors are finite, exact triples exact and bases orthonormal, else the old ones stay",
         [
             *trusting(reduction),
-            (state, "_refresh", _while_tracing(state._refresh, [*trusting(state), (state, "_are_exact", passes)])),
+            (
+                state,
+                "_refresh",
+                _while_tracing(
+                    state._refresh,
+                    [*trusting(state), (state, "_are_exact", passes), (state, "is_orthonormal", passes)],
+                ),
+            ),
         ],
     ),
     "probes": (
@@ -141,6 +148,7 @@ GUARDS: dict[str, tuple[str, list[Replacement]]] = {
                     [*trusting(state), (state, "inverts", passes), (state, "orthonormalises", passes)],
                 ),
             ),
+            (state, "_new_or_old", lambda new, *_: ([new], np.True_)),
         ],
     ),
     "linear algebra": (

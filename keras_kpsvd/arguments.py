@@ -16,11 +16,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_choice(argument: str, value: Any, accepted: tuple[str, ...]) -> None:
-    """One of a few names."""
+def check_choice(argument: str, value: Any, accepted: tuple[str, ...], alternative: str = "") -> None:
+    """One of a few names; `alternative` says what else would be accepted."""
     if not isinstance(value, str) or value not in accepted:
         expected = ", ".join(map(repr, accepted))
-        raise ValueError(f"`{argument}` must be one of {expected}. Received: {argument}={value!r}")
+        raise ValueError(f"`{argument}` must be one of {expected}{alternative}. Received: {argument}={value!r}")
 
 
 def check_positive(argument: str, value: Any, alternative: str = "") -> None:
@@ -132,4 +132,13 @@ def check_combinations(*, adaptive: bool, nesterov: bool, conjugate_steps: int, 
         raise ValueError(
             "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
             "leave it out, or give `learning_rate` a number."
+        )
+
+
+def check_terms(eigenvalues: str, method: str, *, two_term: bool) -> None:
+    """Refuses corrected eigenvalues of a method with two terms, which has no one eigenbasis."""
+    if eigenvalues == "corrected" and two_term:
+        raise ValueError(
+            "`eigenvalues`='corrected' needs a method of one term, whose factors have one eigenbasis: leave it out, or "
+            f"give method='kfac' or 'kpsvd'. Received: method={method!r}"
         )

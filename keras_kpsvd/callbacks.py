@@ -39,8 +39,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
     - `sigma_1`, `sigma_2`: the leading singular values of `R(F)` of these samples (the paper's §3). `σ₂/σ₁` says
       whether a second Kronecker term could help. Exact for one position per example; for convolutions and sequences as
       a rule good to 1e-4 `σ₁` (`curvature.observation`). In units of `F`.
-    - `eigenvalue_max`, `eigenvalue_min`: of the damped `A_λ ⊗ G_λ` that the preconditioner in force inverts; of a
-      two-term method, its first term. 1 before there is a preconditioner.
+    - `eigenvalue_max`, `eigenvalue_min`: of the damped `A_λ ⊗ G_λ` that the preconditioner in force inverts, or of the
+      damped diagonal where eigenvalues are corrected (`error_1` is of `A ⊗ G` then too); of a two-term method, its
+      first term. 1 before there is a preconditioner.
     - of the step, the same for all layers: `update` (the number of updates before it), `damping` (λ), `rate` and
       `momentum` as used, `kl_scale`: the factor by which `kl_clip` shortened a given rate; with the adaptive rate the
       trusted part of the step (`curvature.step_control`); and `refresh_seconds`: wall time of drawing the samples, of

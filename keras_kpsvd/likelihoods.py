@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_kpsvd.linalg import sum_in_order
+
 NAMES = ("categorical", "bernoulli", "normal")
 MAX_EXACT = 256
 
@@ -51,6 +53,22 @@ def check(likelihood: str | Callable) -> None:
             f"`likelihood` must be one of {expected}, or a callable from the model's output to a "
             f"tfp.distributions.Distribution. Received: likelihood={likelihood!r}"
         )
+
+
+def targets(head: Head) -> tf.Tensor:
+    """How many numbers the targets of a batch are, float32 scalar: labels, or entries.
+
+    Of a callable's density those of a draw. Only the part that has a positive weight counts.
+    """
+    if callable(head.family):
+        drawn = tf.nest.flatten(head.family(_leaf(head)).sample(seed=tf.constant([0, 0])))
+        count = sum_in_order([tf.size(one, out_type=tf.int64) for one in drawn])
+    else:
+        sizes = tf.shape(head.outputs, out_type=tf.int64)
+        count = tf.reduce_prod(sizes[:-1] if head.family == "categorical" else sizes)
+    weighted = tf.cast(tf.convert_to_tensor(head.weight, tf.float32) > 0, tf.float32)
+    part = tf.math.divide_no_nan(tf.reduce_sum(weighted), tf.cast(tf.size(weighted), tf.float32))
+    return part * tf.cast(count, tf.float32)
 
 
 def sampled_cotangent(head: Head, seed: tf.Tensor) -> tf.Tensor:

@@ -19,14 +19,16 @@ from keras_kpsvd.arguments import (
     check_positive,
     check_rate,
     check_strategy,
+    check_terms,
     is_number,
     resolve_seed,
 )
 from keras_kpsvd.averages import AveragesOfStepsTaken
-from keras_kpsvd.curvature.approximations import check_method
+from keras_kpsvd.curvature.approximations import TWO_TERM_METHODS, check_method
 from keras_kpsvd.curvature.natural_gradient import NaturalGradient, StepOptions
+from keras_kpsvd.curvature.options import EIGENVALUES, CurvatureOptions
 from keras_kpsvd.curvature.samples import check_fisher
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import LayerCurvature
 from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import Recorder, layers_of
 from keras_kpsvd.linalg import DampingRule, IndefiniteRule
@@ -38,7 +40,7 @@ from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
 PLAIN_RATE = 0.01
 
 # Updates between exact quadratic models without conjugate gradients.
-FIT_INTERVAL = 10
+FIT_INTERVAL = 20
 
 
 @keras.saving.register_keras_serializable(package="keras_kpsvd")
@@ -61,7 +63,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
     The first step of `fit` already has curvature (of an eager `fit` or a hand-written loop from the second: there the
     first call of `apply` makes the state, and takes a plain gradient step at rate 0.01 or the given one). A step whose
     gradient holds NaN or Inf is skipped whole, with a RuntimeWarning: weights, momentum and curvature keep every bit. A
-    layer whose decomposition fails keeps its last good preconditioner, or takes a plain gradient step if it has none.
+    layer whose decomposition fails keeps its last good preconditioner (with corrected eigenvalues its factors too), or
+    takes a plain gradient step if it has none.
     Where either happens 20 times in a row, training ends with an InvalidArgumentError that names the layers.
 
     On several devices (`tf.distribute.MirroredStrategy` in `fit`, `MultiWorkerMirroredStrategy` in hand-written loops)
@@ -77,26 +80,33 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             (`optimizer.learning_rate` sets it).
         method: "kfac", "kpsvd", "deflation", "lanczos" or "kfac_corrected"; see `approximate_fisher`. In training the
             second term of the two-term methods is the best one with symmetric factors.
+        eigenvalues: by what the preconditioner divides in the eigenbasis of a one-term method's factors: "kronecker",
+            the products of their own eigenvalues, or "corrected", the diagonal that the Fisher block itself has there
+            (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch has fewer targets than λ leaves
+            directions free (`curvature.corrected`). Needs a third fewer epochs at the same cost. None: "corrected" with
+            the adaptive rate and a one-term method.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
         damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 0.002 times the
-            curvature along per-example gradients, stays above a floor that grows as its root, and follows how far the
-            quadratic model is right: nothing depends on the scale of the loss (`curvature.damping`). A number holds λ.
+            curvature along per-example gradients (0.0006 with corrected eigenvalues), stays above a floor that grows as
+            its root, and follows how far the quadratic model is right: nothing depends on the scale of the loss
+            (`curvature.damping`). A number holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
-            2015, §6.3); "factor" adds λ to each. The same for every method.
+            2015, §6.3); "factor" adds λ to each. The same for every method; corrected eigenvalues may leave it out.
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).
             None switches it off. The adaptive rate needs no bound and applies none.
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
         curvature_interval: updates between refreshes of the factors (the paper's T_cov), or "growing": every update at
-            first, then less and less often, from the 90th on every tenth (`curvature.intervals`).
-        inverse_interval: updates between rebuilds of the preconditioners (T_inv), likewise.
+            first, then less and less often, from the 190th on every twentieth (`curvature.intervals`).
+        inverse_interval: updates between rebuilds of the preconditioners (T_inv), likewise; with corrected eigenvalues
+            made with the first refresh that comes then.
         conjugate_steps: with the adaptive rate, steps of conjugate gradients on the exact Fisher matrix of the batch
             that the preconditioned gradient is improved by (`curvature.conjugate`). 1: none, `F̂_λ⁻¹∇` itself. 3 need a
             third fewer epochs of three times the cost.
         fit_interval: with the adaptive rate and `conjugate_steps=1`, updates between exact quadratic models. Those in
-            between are extrapolated (`curvature.extrapolation`), except in the first 50 updates, with a new
+            between are extrapolated (`curvature.extrapolation`), except in the first 20 updates, with a new
             preconditioner, for batches of fewer than 128 examples, and where the last step overshot. 1: never. None:
-            10, or 1 with more conjugate steps, which need an exact model in every step.
+            20, or 1 with more conjugate steps, which need an exact model in every step.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
@@ -104,7 +114,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             `tfp.distributions.Distribution`, whose loss is then taken to be the batch mean of `−log p`.
         fisher_batch_size: rows of each batch used for the factors. None: all for "kfac", at most 128 for the others,
             whose exact triples cost the cube of that number. Of layers that share their weights among several
-            positions (convolutions, sequences) as many rows as have 4,096 positions, at least 32 and at most 128.
+            positions (convolutions, sequences) as many rows as have 4,096 positions, at least 32 and at most 128. Where
+            samples are held, by all but "kfac" with "kronecker" eigenvalues, no more than 256 MiB allow for a layer.
         indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
             never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
@@ -127,6 +138,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         self,
         learning_rate: Any = "adaptive",
         method: str = "kfac",
+        eigenvalues: str | None = None,
         momentum: float = 0.9,
         nesterov: bool = False,
         damping: float | str = "adaptive",
@@ -167,6 +179,10 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         check_fraction("factor_decay", factor_decay, one=False)
         check_fraction("momentum", momentum, one=True)
         adaptive = isinstance(learning_rate, str) and learning_rate == "adaptive"
+        if eigenvalues is None:
+            eigenvalues = "corrected" if adaptive and method not in TWO_TERM_METHODS else "kronecker"
+        check_choice("eigenvalues", eigenvalues, EIGENVALUES, " or None")
+        check_terms(eigenvalues, method, two_term=method in TWO_TERM_METHODS)
         together = {"conjugate_steps": conjugate_steps, "fit_interval": fit_interval}
         check_combinations(adaptive=adaptive, nesterov=nesterov, **together)
         if not adaptive:
@@ -181,6 +197,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         )
         self.adaptive = adaptive
         self.method = method
+        self.eigenvalues = eigenvalues
         self.damping = damping if damping == "adaptive" else float(damping)
         self.damping_rule = damping_rule
         self.kl_clip = None if kl_clip is None else float(kl_clip)
@@ -208,7 +225,9 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             super().build(variables)
             if (self.adaptive or self.damping == "adaptive") and not self.momentums:
                 self.momentums = self.add_optimizer_variables(variables, "momentum")
-            options = CurvatureOptions(self.method, self.damping_rule, self.factor_decay, self.indefinite)
+            options = CurvatureOptions(
+                self.method, self.damping_rule, self.factor_decay, self.indefinite, self.eigenvalues
+            )
             self._blocks = tuple(LayerCurvature(layer, options, self.add_variable) for layer in layers_of(variables))
         self._first_trace = ThrownAwayTrace()
         step = StepOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(StepOptions)})
@@ -248,8 +267,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         if callable(likelihood):
             likelihood = keras.saving.serialize_keras_object(likelihood)
         names = (
-            "method damping damping_rule kl_clip factor_decay curvature_interval inverse_interval conjugate_steps "
-            "fit_interval fisher fisher_batch_size indefinite seed"
+            "method eigenvalues damping damping_rule kl_clip factor_decay curvature_interval inverse_interval "
+            "conjugate_steps fit_interval fisher fisher_batch_size indefinite seed"
         )
         return {**config, **{name: getattr(self, name) for name in names.split()}, "likelihood": likelihood}
 

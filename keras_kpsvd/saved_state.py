@@ -164,7 +164,11 @@ class SavesExactly:
     @property
     def _kind(self) -> str:
         """What the numbered variables of a saved state mean, beyond their shapes."""
-        parts = {"averages": self.use_ema, "accumulators": self.gradient_accumulation_steps}
+        parts = {
+            "corrected eigenvalues": self.eigenvalues == "corrected",
+            "averages": self.use_ema,
+            "accumulators": self.gradient_accumulation_steps,
+        }
         return ", ".join([f"method {self.method!r}", *(name for name, there in parts.items() if there)])
 
     @property

@@ -15,6 +15,7 @@ BAD = {
     "method": ["ekfac", "KFAC", None, 1],
     "fisher": ["true", None, "Exact"],
     "likelihood": ["gaussian", None, 3],
+    "eigenvalues": ["ekfac", "Corrected", True, 1],
     "damping_rule": ["heuristic", None, 0.5],
     "indefinite": ["clip", None, True],
     "damping": [0, 0.0, -1e-3, NAN, INFINITY, "auto", None, True],
@@ -47,7 +48,20 @@ def test_extrapolated_models_are_refused_with_conjugate_gradients():
         KPSVD(fit_interval=10, conjugate_steps=3)
     KPSVD(fit_interval=10, conjugate_steps=1)
     assert KPSVD(conjugate_steps=3).get_config()["fit_interval"] == 1
-    assert KPSVD().get_config()["fit_interval"] == 10
+    assert KPSVD().get_config()["fit_interval"] == 20
+
+
+def test_corrected_eigenvalues_are_those_of_one_term():
+    for method in ("deflation", "lanczos", "kfac_corrected"):
+        with pytest.raises(ValueError, match=r"`eigenvalues`.*'kfac' or 'kpsvd'.*Received: method="):
+            KPSVD(method=method, eigenvalues="corrected")
+        assert KPSVD(method=method).get_config()["eigenvalues"] == "kronecker"
+    for method in ("kfac", "kpsvd"):
+        assert KPSVD(method=method).get_config()["eigenvalues"] == "corrected"
+        assert KPSVD(method=method, learning_rate=0.1).get_config()["eigenvalues"] == "kronecker"
+        KPSVD(method=method, learning_rate=0.1, eigenvalues="corrected")
+    with pytest.raises(ValueError, match=r"'kronecker', 'corrected' or None"):
+        KPSVD(eigenvalues="ekfac")
 
 
 def test_the_ends_of_every_range_are_accepted():

@@ -29,11 +29,14 @@ def _named(model, x, y):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("method", ["kfac", "kfac_corrected"])
+@pytest.mark.parametrize(
+    ("method", "eigenvalues"), [("kfac", "kronecker"), ("kfac", "corrected"), ("kfac_corrected", "kronecker")]
+)
 @pytest.mark.parametrize("build", [dense, pytest.param(convolutional, marks=pytest.mark.slow)])
-def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, eager):
+def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, eigenvalues, eager):
     model = build()
-    optimizer = KPSVD(method=method, fisher="empirical", damping=0.125, fisher_batch_size=24, seed=0)
+    options = {"method": method, "eigenvalues": eigenvalues}
+    optimizer = KPSVD(**options, fisher="empirical", damping=0.125, fisher_batch_size=24, seed=0)
     model.compile(optimizer, "mse", run_eagerly=eager)
     optimizer.build(model.trainable_variables)
     x, y = data(model)
@@ -51,7 +54,11 @@ def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, 
         loose = several and method == "kfac_corrected"
         assert record["error_1"] == pytest.approx(errors[record["layer"]][method].error_1, rel=0.1 if loose else 1e-4)
         np.testing.assert_allclose([record["sigma_1"], record["sigma_2"]], sigmas[:2], rtol=1e-3 if several else 1e-4)
-        values = np.linalg.eigvalsh(reference.damped_sum([reference.kfac_factors(a, g)], 0.125))
+        pair = reference.kfac_factors(a, g)
+        values = np.linalg.eigvalsh(reference.damped_sum([pair], 0.125))
+        if eigenvalues == "corrected":
+            bases = [np.linalg.eigh(factor)[1] for factor in pair]
+            values = np.sort(reference.diagonal_in_bases(fisher, *bases), axis=None) + 0.125
         np.testing.assert_allclose([record["eigenvalue_max"], record["eigenvalue_min"]], values[[-1, 0]], rtol=1e-3)
         assert (record["update"], record["damping"]) == (0, 0.125)
         assert record["refresh_seconds"] > 0

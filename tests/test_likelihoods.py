@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kpsvd.likelihoods import Head, exact_cotangents, fisher_inner, sampled_cotangent
+from keras_kpsvd.likelihoods import Head, exact_cotangents, fisher_inner, sampled_cotangent, targets
 
 BATCH, WIDTH = 3, 3
 SEED = tf.constant([1, 2])
@@ -212,3 +212,37 @@ def test_half_precision_outputs_are_differentiated_in_float32():
     for function in (exact_cotangents, lambda head: sampled_cotangent(head, SEED)):
         assert function(half).dtype == tf.float32
         np.testing.assert_array_equal(function(half), function(single))
+
+
+def _coloured(z):
+    from tensorflow_probability import distributions as tfd
+
+    return tfd.Independent(tfd.Categorical(logits=z), 1)
+
+
+def _two_draws(z):
+    from tensorflow_probability import distributions as tfd
+
+    return tfd.JointDistributionSequential([tfd.Normal(z[:, :2], 1.0), tfd.Categorical(logits=z[:, 2:])])
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "weight", "count"),
+    [
+        ("bernoulli", (5, 784), 0.1, 5 * 784),
+        ("normal", (5, 4, 3), 1.0, 5 * 12),
+        ("categorical", (5, 10), 2.0, 5),
+        ("categorical", (5, 10), 0.0, 0),
+        ("categorical", (0, 10), 1.0, 0),
+        ("categorical", (5, 8, 6, 10), 1.0, 5 * 48),
+        ("categorical", (2, 4, 10), np.array([[1.0, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), 3),
+        ("normal", (4, 6), np.array([1.0, 0.0, 0.0, 2.0]), 12),
+        (normal_pair, (5, 14), 1.0, 5 * 7),
+        (_coloured, (5, 6, 10), 1.0, 5 * 6),
+        (_two_draws, (5, 6), 1.0, 5 * 3),
+    ],
+)
+def test_targets_are_counted_as_the_density_has_them(family, shape, weight, count):
+    """Labels, not classes; of a callable the numbers of a draw; padding and what weighs nothing is not there."""
+    head = Head(tf.zeros(shape), family, True, tf.constant(weight, tf.float32))
+    assert float(targets(head)) == pytest.approx(count)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature import corrected
 from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.linalg import gram
@@ -194,6 +195,71 @@ def test_a_layer_without_a_good_preconditioner_takes_a_plain_gradient_step(break
     steps = [gradients[0], reference.damped_solve(terms, gradients[1], PLAIN["damping"])]
     for now, before, step in zip(matrices(model), start, steps, strict=True):
         np.testing.assert_allclose(now, before - 0.25 * step, rtol=1e-6)
+
+
+@pytest.fixture
+def break_bases(monkeypatch):
+    """Makes the eigenvectors of factors of five rows fail from now on."""
+    sound = corrected.factor_eigenbasis
+
+    def start(failure):
+        graph_function.cache_clear()
+        if failure == "eigh raises":
+            decompose = tf.linalg.eigh
+
+            def refuse(matrix):
+                if len(matrix) == 5:
+                    raise tf.errors.InvalidArgumentError(None, None, "did not converge")
+                return decompose(matrix)
+
+            monkeypatch.setattr(tf.linalg, "eigh", refuse)
+            return
+        monkeypatch.setattr(
+            corrected,
+            "factor_eigenbasis",
+            lambda matrix, basis: _failing(FAILURES[failure], tf.shape(matrix)[0] == 5, sound(matrix, basis)),
+        )
+
+    yield start
+    graph_function.cache_clear()
+
+
+BROKEN_BASES = [("nan", True), ("nan", False), ("rubbish", False), ("eigh raises", True), ("eigh raises", False)]
+
+
+@pytest.mark.parametrize(("failure", "eager"), BROKEN_BASES)
+def test_eigenvectors_that_fail_leave_a_layers_curvature_as_it_was(break_bases, failure, eager):
+    model = compiled(tanh_network(), KPSVD(eigenvalues="corrected", **PLAIN, **EVERY_STEP), run_eagerly=eager)
+    model.train_on_batch(*problem())
+    blocks = {block.layer.name: block for block in model.optimizer._blocks}
+    names = ("dense0", "out")
+    good, others = ([v.numpy() for v in blocks[n].refresh_targets + blocks[n].preconditioner] for n in names)
+    break_bases(failure)
+    model.make_train_function(force=True)
+    start, (x, y) = matrices(model), problem(seed=1)
+    direction = blocks["dense0"].blocks[0].precondition
+    expected = direction(tf.constant(reference.squared_error_gradients(start, x, y)[0])).numpy()
+    with pytest.warns(RuntimeWarning, match="'dense0': its new curvature is not finite, or wrong") as told:
+        model.train_on_batch(x, y)
+    assert_told_once(told)
+    now, moved = ([v.numpy() for v in blocks[n].refresh_targets + blocks[n].preconditioner] for n in names)
+    for one, other in zip(now, good, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(moved[0], others[0])
+    np.testing.assert_allclose(matrices(model)[0], start[0] - 0.25 * expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("failure", "eager"), BROKEN_BASES)
+def test_without_eigenvectors_a_layer_takes_a_plain_gradient_step(break_bases, failure, eager):
+    x, y = problem()
+    break_bases(failure)
+    model = compiled(tanh_network(), KPSVD(eigenvalues="corrected", **PLAIN), run_eagerly=eager)
+    start = matrices(model)
+    with pytest.warns(RuntimeWarning, match="'dense0': its new curvature"):
+        model.train_on_batch(x, y)
+    gradients = reference.squared_error_gradients(start, x, y)
+    np.testing.assert_allclose(matrices(model)[0], start[0] - 0.25 * gradients[0], rtol=1e-6)
+    assert np.linalg.norm(matrices(model)[1] - start[1] + 0.25 * gradients[1]) > 1e-3
 
 
 @pytest.fixture

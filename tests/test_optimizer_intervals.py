@@ -33,6 +33,7 @@ def test_steps_between_exact_fits_minimise_the_extrapolated_model(monkeypatch):
         "factor_decay": 0.0,
         "fit_interval": 3,
         "conjugate_steps": 1,
+        "eigenvalues": "kronecker",
     }
     model = compiled(tanh_network(), KPSVD(method="kfac", damping=DAMPING, fisher="exact", **options))
     weights = matrices(model)

@@ -82,11 +82,15 @@ def test_a_model_that_was_trained_before_is_traced_once_as_well(proposals, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kfac", "kpsvd", "kfac_corrected"])
-def test_layers_of_all_sizes_share_their_decompositions(method):
+@pytest.mark.parametrize(
+    ("method", "eigenvalues"),
+    [("kfac", "kronecker"), ("kfac", "corrected"), ("kpsvd", "corrected"), ("kfac_corrected", "kronecker")],
+)
+def test_layers_of_all_sizes_share_their_decompositions(method, eigenvalues):
     """One graph for refreshes, one for inversions of each pair of whole and truncated factors, traced once each.
 
-    Besides one in which factors are unpacked, and one that probes inverses of either kind.
+    Besides one in which factors are unpacked, and one that probes inverses of either kind. With corrected eigenvalues
+    one for refreshes of each pair, and the first of these.
     """
     made, original = [], tracing.graph_function.__wrapped__
 
@@ -97,19 +101,21 @@ def test_layers_of_all_sizes_share_their_decompositions(method):
     cached = functools.cache(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "graph_function", cached)
-        model = _model(KPSVD(method=method, seed=0), WIDTHS)
+        model = _model(KPSVD(method=method, eigenvalues=eigenvalues, seed=0), WIDTHS)
         model.fit(*_data(), batch_size=64, verbose=0)
     shapes = zip((6, *WIDTHS[:-1]), WIDTHS, strict=True)
     kinds = {(d_in + 1 > 2 * state.RANK, d_out > 2 * state.RANK) for d_in, d_out in shapes}
     assert len(kinds) == 4
-    assert len(made) == 1 + len(kinds) + 3
+    assert len(made) == len(kinds) + (1 if eigenvalues == "corrected" else 4)
     assert [one.experimental_get_tracing_count() for one in made] == [1] * len(made)
 
 
-def test_convolutions_of_equal_sizes_share_theirs():
+@pytest.mark.parametrize(("eigenvalues", "graphs"), [("kronecker", 4), ("corrected", 2)])
+def test_convolutions_of_equal_sizes_share_theirs(eigenvalues, graphs):
     """Of samples summed over positions sizes decide on the way: a graph for each size, whatever tensors' names.
 
-    One for refreshes, one for inversions, and what both unpack factors and probe inverses with.
+    One for refreshes and one in which factors are unpacked; one for inversions and one that probes them, which
+    corrected eigenvalues do without.
     """
     made, original = [], tracing.graph_function.__wrapped__
 
@@ -120,12 +126,12 @@ def test_convolutions_of_equal_sizes_share_theirs():
     keras.utils.set_random_seed(0)
     convolutions = [KPSVDConv2D(3, 3, padding="same", activation="tanh") for _ in range(4)]
     model = keras.Sequential([keras.Input((6, 6, 3)), *convolutions])
-    model.compile(KPSVD(method="kpsvd", seed=0), "mse")
+    model.compile(KPSVD(method="kpsvd", eigenvalues=eigenvalues, seed=0), "mse")
     x = np.random.default_rng(0).standard_normal((8, 6, 6, 3)).astype("float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "graph_function", functools.cache(kept))
         model.fit(x, x, batch_size=8, verbose=0)
-    assert len(made) == 4
+    assert len(made) == graphs
 
 
 def test_a_trace_knows_itself_and_its_branches_and_nothing_else():

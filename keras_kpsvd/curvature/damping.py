@@ -4,7 +4,7 @@ A λ that fits one loss, one scale of inputs or one depth means nothing for anot
 per-example gradients see along themselves, `q = Σ_l tr F̂_l² / Σ_l tr F̂_l` of the layers' Kronecker models, and by what
 that was at the first refresh, `q₀`:
 
-    λ ≥ 0.002 √(q₀ q),
+    λ ≥ 0.002 √(q₀ q)    (0.0006 √(q₀ q) with corrected eigenvalues),
 
 where it starts, so that training is the same for a loss multiplied by any number. In training `q` grows, up to a
 million times in deep networks: bounds in units of `q` alone ended up too high there, in units of `q₀` too low for
@@ -35,8 +35,8 @@ from keras_kpsvd.layers import RecordingLayer
 # λ of each layer, float32 scalars.
 Dampings = dict[RecordingLayer, tf.Tensor]
 
-# λ is at least the first times √(q₀ q) and at most the second times q.
-LOWEST, HIGHEST = 2e-3, 1e4
+# λ is at least the first times √(q₀ q), the second where eigenvalues are corrected, and at most the third times q.
+LOWEST, LOWEST_CORRECTED, HIGHEST = 2e-3, 6e-4, 1e4
 
 # A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
 REACH, LEAST_PART = 100.0, 1e-10
@@ -52,7 +52,7 @@ KEEP_ABOVE = 0.5
 
 
 def bounded_damping(
-    damping: tf.Tensor, initial: tf.Tensor, layers: Sequence[tuple[tf.Tensor, int]]
+    damping: tf.Tensor, initial: tf.Tensor, layers: Sequence[tuple[tf.Tensor, int]], lowest: float = LOWEST
 ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
     """λ within its bounds, and what it is for each layer.
 
@@ -60,6 +60,7 @@ def bounded_damping(
         damping: λ as it was left, float32 scalar; 0 before the first step.
         initial: `q₀`, float32 scalar; 0 before the first refresh.
         layers: `((tr F̂_l, tr F̂_l² / tr F̂_l), n_l)` of each, the first a float32 tensor, zeros where it is not known.
+        lowest: the lower bound in units of `√(q₀ q)`.
 
     Returns:
         `(λ, [λ_l], q₀)`, float32 scalars; the first two are positive: where no layer has any curvature `q` and `q₀` are
@@ -75,7 +76,7 @@ def bounded_damping(
     parts = tf.where(total > 0, tf.clip_by_value(parts, LEAST_PART, 1.0), tf.ones_like(parts))
     now, first = (tf.where(one > 0, one, tf.ones_like(one)) for one in (whole, initial))
     # Not the root of a product, which may leave float32's range.
-    damping = tf.clip_by_value(damping, LOWEST * tf.sqrt(first) * tf.sqrt(now), HIGHEST * now)
+    damping = tf.clip_by_value(damping, lowest * tf.sqrt(first) * tf.sqrt(now), HIGHEST * now)
     return damping, tf.unstack(damping * parts, len(layers)), initial
 
 

@@ -26,7 +26,7 @@ from keras_kpsvd.curvature.step_control import QuadraticModel, StepCoefficients,
 from keras_kpsvd.linalg import sum_in_order
 
 # Updates from the start of training in which every fit is exact.
-EXACT_UPDATES = 50
+EXACT_UPDATES = 20
 
 # Smaller batches are always fitted exactly: their models have little in common, and cost little. With heavy-tailed
 # targets at batches of 64 a fit every ten updates leaves the loss at .47 after 20 epochs, .02 are reached without.

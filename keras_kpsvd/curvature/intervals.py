@@ -11,7 +11,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 # "growing" is one update longer every so many updates, up to this many.
-GROWTH, LONGEST = 10, 10
+GROWTH, LONGEST = 10, 20
 
 
 def next_due(updates: tf.Tensor, interval: int | str) -> tf.Tensor:

@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.conjugate import conjugate_direction
 from keras_kpsvd.curvature.damping import (
+    LOWEST,
+    LOWEST_CORRECTED,
     Dampings,
     bounded_damping,
     control_after,
@@ -54,12 +56,14 @@ class StepOptions:
     damping: float | str
     kl_clip: float | None
     method: str
+    eigenvalues: str
     curvature_interval: int | str
     inverse_interval: int | str
     conjugate_steps: int
     fit_interval: int
     fisher: str
     fisher_batch_size: int | None
+    gradient_accumulation_steps: int | None
     seed: int
 
 
@@ -94,6 +98,7 @@ class NaturalGradient:
     ):
         self.options = options
         self._moves = options.damping == "adaptive"
+        self._corrects = options.eigenvalues == "corrected"
         self.updates, self._next_refresh, self._next_inverse, self._next_fit = (
             add_variable(shape=(), dtype="int64", name=name)
             for name in ("updates", "next_refresh", "next_inverse", "next_fit")
@@ -126,7 +131,9 @@ class NaturalGradient:
             damping = tf.constant(self.options.damping, tf.float32)
             return damping, {block.layer: damping for block in blocks}, initial
         sizes = [block.moments_and_size() for block in blocks]
-        damping, of_layers, initial = bounded_damping(self._damping.value, initial, sizes)
+        damping, of_layers, initial = bounded_damping(
+            self._damping.value, initial, sizes, LOWEST_CORRECTED if self._corrects else LOWEST
+        )
         return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}, initial
 
     def propose(
@@ -154,9 +161,12 @@ class NaturalGradient:
         seed = tf.stack([tf.constant(options.seed, tf.int64), tf.cast(iterations, tf.int64)])
         seed = tf.cast(seed % (2**31 - 1), tf.int32)
         places = spread({block.layer: block.cost for block in blocks}, [] if joint is None else joint.devices)
+        ready = True
+        if self._corrects:  # Without a refresh nothing is new but λ.
+            ready = self.updates.value >= self._next_refresh.value if joint is not None else False
         observed = self._refresh(joint, blocks, seed, places, observer)
         damping, dampings, initial = self.dampings(blocks)
-        rebuilt = self._invert(blocks, dampings, places)
+        rebuilt = self._invert(joint, blocks, dampings, places, ready)
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
 
@@ -187,10 +197,12 @@ class NaturalGradient:
         overlap = tf.constant(0.0) if last is None else last.slope
         scale = trusted = tf.constant(1.0)
         control = []
-        if options.adaptive and joint is not None:
-            slopes = tf.stack([descent, overlap])
+        share = tf.constant(1.0)
+        if (options.adaptive or self._corrects) and joint is not None:
             share, usual = share_of_batch(joint.rows, self._usual.value)
             control.append((self._usual, usual))
+        if options.adaptive and joint is not None:
+            slopes = tf.stack([descent, overlap])
             grams = gram_matrices(inner_by_layer(directions, directions), overlaps, last.squares)
             step, trusted, kept, fit = self._fit(
                 joint, [directions, previous], grams, known, dampings, slopes, share, rebuilt, seed
@@ -266,13 +278,14 @@ class NaturalGradient:
             def rows(shapes: list[tuple[int, int]], positions: int | None, repeats: int) -> int | None:
                 nonlocal drawn
                 drawn = repeats
-                return refresh_rows(self.options.method, shapes, positions, self.options.fisher_batch_size, repeats)
+                wanted = self.options.fisher_batch_size
+                return refresh_rows(self.options.method, shapes, positions, wanted, repeats, self._corrects)
 
             observed = None if observer is None else observer.refresh_begins()
             with tf.control_dependencies([] if observed is None else [observed]):
                 calls = joint.calls(self.options.fisher, seed, rows, places)
             present = [block for block in blocks if block.layer in calls]
-            good = refresh_layers(present, calls, places)
+            good = refresh_layers(present, calls, places, self.updates.value >= self._next_inverse.value)
             self._next_refresh.assign(next_due(self.updates.value, self.options.curvature_interval))
             self.failures.of_refresh([self._place[block] for block in present], good)
             if observed is None:
@@ -286,17 +299,25 @@ class NaturalGradient:
         return {block: self._names[block] for block in blocks}
 
     def _invert(
-        self, blocks: list[LayerCurvature], dampings: Dampings, places: dict[RecordingLayer, str | None]
+        self,
+        joint: JointPass | None,
+        blocks: list[LayerCurvature],
+        dampings: Dampings,
+        places: dict[RecordingLayer, str | None],
+        ready: tf.Tensor | bool,
     ) -> tf.Tensor:
         """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
 
         def invert() -> tf.Tensor:
-            good = invert_layers(blocks, dampings, places)
+            numbers = None
+            if self._corrects and joint is not None:  # Recorded is the last part of what is accumulated.
+                numbers = joint.numbers(self._usual.value) * (self.options.gradient_accumulation_steps or 1)
+            good = invert_layers(blocks, dampings, places, numbers)
             self._next_inverse.assign(next_due(self.updates.value, self.options.inverse_interval))
             self.failures.of_inversion([self._place[block] for block in blocks], good)
             return tf.constant(True)
 
-        due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0)
+        due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0) & ready
         return tf.cond(due, invert, lambda: tf.constant(False))
 
     def taken(self, proposal: Proposal) -> None:

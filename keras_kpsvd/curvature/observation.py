@@ -25,7 +25,7 @@ from keras_kpsvd.curvature.reduction import (
     reduce_calls,
     rows_within,
 )
-from keras_kpsvd.curvature.state import LayerCurvature
+from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import Inverse, TruncatedInverse, all_finite, leading_triples
 from keras_kpsvd.linalg.decompositions import eigh
@@ -158,6 +158,14 @@ def extreme_eigenvalues(a_inverse: Inverse, g_inverse: Inverse) -> tf.Tensor:
         values = 1 / tf.where(values < 0, tf.zeros_like(values), values)
         ranges.append(tf.stack([tf.reduce_max(values), tf.reduce_min(values)]))
     return ranges[0] * ranges[1]
+
+
+def _extremes(block: BlockCurvature) -> tf.Tensor:
+    """The largest and the smallest eigenvalue of what a block's preconditioner inverts, `[2]`, float64."""
+    if block.corrects:
+        weights = tf.cast(tf.convert_to_tensor(block.preconditioner[0]), tf.float64)
+        return 1 / tf.stack([tf.reduce_min(weights), tf.reduce_max(weights)])
+    return extreme_eigenvalues(*block.inverses())
 
 
 def block_names(layers: Sequence[LayerCurvature]) -> dict[LayerCurvature, list[str]]:
@@ -293,12 +301,13 @@ class Observer:
 
         def observe() -> tf.Tensor:
             with tf.control_dependencies([rebuilt]):
-                inverses = [block.inverses() for one in names for block in one.blocks]
+                blocks = [block for one in names for block in one.blocks]
                 # A value of each, so that a device which runs ahead is waited for.
-                first = [tf.reshape(part, [-1])[0] for part in tf.nest.flatten(inverses)]
+                parts = [tf.convert_to_tensor(part) for block in blocks for part in block.preconditioner]
+                first = [tf.reshape(part, [-1])[0] for part in parts]
                 made = self._now("inverted", tf.stack([tf.cast(one, tf.float64) for one in first]))
             with tf.control_dependencies([made]):
-                values = tf.stack([extreme_eigenvalues(*pair) for pair in inverses])
+                values = tf.stack([_extremes(block) for block in blocks])
 
             def keep(values: np.ndarray) -> np.int32:
                 self._of_preconditioner = dict(zip(_flat(names), values, strict=True))

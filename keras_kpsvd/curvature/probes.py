@@ -53,3 +53,10 @@ def orthonormalises(basis: tf.Tensor, inverse: Inverse, factor: tf.Tensor, lam: 
     damped = inverse.inverse().times(image) if truncated else tf.matmul(factor, image) + lam * image
     residual = tf.norm(tf.matmul(basis, damped, transpose_a=True) - probe)
     return residual <= PROBE_TOLERANCE * (tf.norm(basis) * tf.norm(damped) + tf.norm(probe))
+
+
+def is_orthonormal(basis: tf.Tensor) -> tf.Tensor:
+    """Whether `UᵀU = I`, likewise."""
+    probe = _probe(tf.shape(basis)[1], basis.dtype)
+    image = tf.matmul(basis, tf.matmul(basis, probe), transpose_a=True)
+    return tf.norm(image - probe) <= PROBE_TOLERANCE * tf.norm(probe)

@@ -111,17 +111,19 @@ def refresh_rows(
     positions: int | None,
     wanted: int | None = None,
     repeats: int = 1,
+    corrected: bool = False,
 ) -> int | None:
     """How many examples of a batch a refresh uses.
 
     Args:
-        method: one of the five; all but "kfac" hold samples and are kept within `MEMORY_BUDGET`.
+        method: one of the five; all but "kfac" hold samples, and are kept within `MEMORY_BUDGET`.
         block_shapes: `(d_in, d_out)` of the layer's blocks.
         positions: per example, None if unknown.
         wanted: what the user asked for. None: of a layer with one position all for "kfac", `SVD_ROWS` for the others;
             with more, whose second moments average over positions too, as many as have `POSITIONS` of them, between
             `FEWEST_ROWS` and `SVD_ROWS`.
         repeats: gradients of each example (as many as outputs for the exact Fisher), which count towards the budget.
+        corrected: eigenvalues are, for which "kfac" too holds samples of several positions.
 
     Returns:
         The number; None for all.
@@ -130,7 +132,7 @@ def refresh_rows(
         wanted = None if method == "kfac" else SVD_ROWS
     elif wanted is None:
         wanted = min(max(FEWEST_ROWS, -(-POSITIONS // (positions or POSITIONS))), SVD_ROWS)
-    if method == "kfac":
+    if method == "kfac" and (positions == 1 or not corrected):
         return wanted
     return min(wanted, rows_within(MEMORY_BUDGET // repeats, block_shapes, positions))
 

@@ -79,6 +79,15 @@ class JointPass:
         """Examples of all replicas, int32 scalar: what depends on it is the same in every process."""
         return tf.shape(self._heads[0][0].outputs)[0] if self._alone else tf.reduce_sum(self._counts())
 
+    def numbers(self, usual: tf.Tensor) -> tf.Tensor:
+        """How many numbers the targets of a batch are (`likelihoods.targets`), of all heads together, float32 scalar.
+
+        Args:
+            usual: rows of the usual batch, which count where this one has fewer.
+        """
+        found = sum_in_order([likelihoods.targets(head) for head in self.heads()])
+        return found * tf.maximum(tf.math.divide_no_nan(usual, tf.cast(self.rows, tf.float32)), 1.0)
+
     def _at(self, index: int, function: Callable, *arguments):
         """What `function` returns, computed on the device of a pass."""
         with on(self.devices[index]):

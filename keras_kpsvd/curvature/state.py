@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
+from keras_kpsvd.curvature.corrected import CorrectedEigenvalues, factored_part, refreshed
+from keras_kpsvd.curvature.options import CurvatureOptions
+from keras_kpsvd.curvature.packing import flattened, unpacked
 from keras_kpsvd.curvature.placement import on
-from keras_kpsvd.curvature.probes import inverts, orthonormalises
+from keras_kpsvd.curvature.probes import inverts, is_orthonormal, orthonormalises
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
 from keras_kpsvd.linalg import (
@@ -28,8 +29,7 @@ from keras_kpsvd.linalg import (
     one_term_and_correction,
     pack,
     packed_size,
-    rows_of,
-    unpack,
+    sum_in_order,
 )
 from keras_kpsvd.tracing import traced_once
 
@@ -43,16 +43,6 @@ RANK = 64
 
 # Steps of power iteration for several positions per example, from nothing and from the last refresh.
 COLD_STEPS, WARM_STEPS = 12, 1
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
-    """The choices that travel together from the optimizer to every layer."""
-
-    method: str
-    damping_rule: str
-    factor_decay: float
-    indefinite: str
 
 
 class BlockCurvature:
@@ -87,8 +77,13 @@ class BlockCurvature:
         self._packed = [(add((packed_size(d_in),), a), add((packed_size(d_out),), g)) for a, g in names]
         self.moments = add((2,), "moments")
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
+        self._corrected = None
+        if options.eigenvalues == "corrected":
+            self._corrected = CorrectedEigenvalues(shape, RANK, add)
         self._inverses = []
         for side, size in (("A", d_in), ("G", d_out)):
+            if self._corrected is not None:
+                break
             if size <= 2 * RANK:
                 self._inverses.append([add((size, size), f"{side}_inverse", "identity")])
             else:
@@ -106,16 +101,25 @@ class BlockCurvature:
             ]
 
     @property
+    def corrects(self) -> bool:
+        """Whether eigenvalues are corrected."""
+        return self._corrected is not None
+
+    @property
     def factors(self) -> list[Pair]:
         """`(A, G)`, then `(P, Q)` of a second term, as tensors `[d, d]`; kept as their lower triangles."""
-        return list(_unpacked(self._terms()))
+        return list(unpacked(self._terms()))
 
     def _terms(self) -> tuple[Pair, ...]:
         """The same, packed."""
         return tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self._packed)
 
-    def refresh(self, batch: BatchCurvature) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def refresh(self, batch: BatchCurvature, turn: tf.Tensor | bool = True) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The averaged factors with one more batch in them, and whether they are good.
+
+        Args:
+            batch: what it says of the block.
+            turn: with corrected eigenvalues, whether to find eigenvectors anew, for a preconditioner that is due.
 
         Returns:
             The next values of `refresh_targets`, the old ones where anything was not finite or triples that should be
@@ -123,35 +127,55 @@ class BlockCurvature:
         """
         old, count = self._terms(), tf.convert_to_tensor(self.count)
         moments = tf.convert_to_tensor(self.moments)
+        spectrum = None
+        if self._corrected is not None:
+            *kept, diagonal = self._corrected.values()
+            # With an axis more its sizes are left open where graphs are shared.
+            spectrum = (*kept, diagonal[:, tf.newaxis], tf.convert_to_tensor(turn))
+        arguments = (batch, old, moments, count, spectrum)
         try:
-            return traced_once(
-                _refresh, self.options, batch, old, moments, count, sizes_matter=batch.sums_over_positions
-            )
+            return traced_once(_refresh, self.options, *arguments, sizes_matter=batch.sums_over_positions)
         except tf.errors.OpError:  # As in `invert`.
-            return [*_flatten(old), tf.convert_to_tensor(self.moments), count], tf.constant(False)
+            kept = [] if self._corrected is None else self._corrected.values()
+            return [*flattened(old), moments, *kept, count], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
-        return [*_flatten(self._packed), self.moments, self.count]
+        corrected = [] if self._corrected is None else self._corrected.refresh_targets
+        return [*flattened(self._packed), self.moments, *corrected, self.count]
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
         """What the values of `invert` are assigned to."""
+        if self._corrected is not None:
+            return [self._corrected.weights]
         return [*self._inverses[0], *self._inverses[1], *self._second]
 
     def inverses(self) -> tuple[Inverse, Inverse]:
-        """`A_λ⁻¹` and `G_λ⁻¹` of the preconditioner, the identity before the first."""
+        """`A_λ⁻¹` and `G_λ⁻¹` of the preconditioner, the identity before the first; not with corrected eigenvalues."""
         tensors = [[tf.convert_to_tensor(variable) for variable in side] for side in self._inverses]
         return tuple(side[0] if len(side) == 1 else TruncatedInverse(*side) for side in tensors)
 
-    def invert(self, damping: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
+        """With corrected eigenvalues, in how many directions `damping` damps little, float32 scalar."""
+        return self._corrected.directions_left_free(damping)
+
+    def invert(self, damping: tf.Tensor, factored: tf.Tensor | float = 1.0) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The preconditioner of the current factors at `damping` (the paper's λ), and whether it is good.
+
+        Args:
+            damping: λ.
+            factored: with corrected eigenvalues, how far the factors are damped too; see `curvature.corrected`.
 
         Returns:
             The next values of `preconditioner`, the old ones where the decomposition failed or its result does not
-            reproduce a probe vector, and a scalar boolean. Without factors yet the old values are good.
+            reproduce a probe vector (with corrected eigenvalues refreshes decompose), and a scalar boolean. Without
+            factors yet the old values are good.
         """
+        if self._corrected is not None:
+            new = self._corrected.inverted(damping, self.options.damping_rule, factored)
+            return _new_or_old(new, tf.convert_to_tensor(self._corrected.weights), self.count > 0)
         terms = self._terms()
         second = [tf.convert_to_tensor(variable) for variable in self._second]
         old = (*self.inverses(), *second)
@@ -162,9 +186,11 @@ class BlockCurvature:
             return tf.nest.flatten(old), tf.constant(False)
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
-        """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, or its two-term form."""
-        inverses = self.inverses()
+        """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, its two-term form or that of `S`."""
         matrix = tf.cast(matrix, self._packed[0][0].dtype)
+        if self._corrected is not None:
+            return self._corrected.precondition(matrix)
+        inverses = self.inverses()
         if self.two_term:
             second = [tf.convert_to_tensor(variable) for variable in self._second]
             return apply_corrected(*inverses, *second, matrix, indefinite=self.options.indefinite)
@@ -203,20 +229,25 @@ class LayerCurvature:
         both = tf.stack([trace, tf.reduce_sum(tf.math.divide_no_nan(traces, trace) * along)])
         return both, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
 
-    def refresh(self, calls: list[LayerCall]) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def refresh(self, calls: list[LayerCall], turn: tf.Tensor | bool = True) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.refresh` of all blocks, good where all are."""
         method = self.options.method
-        batches = reduce_calls(self.layer, calls, base=method in KFAC_METHODS, svd=method != "kfac")
-        return _joined([block.refresh(batch) for block, batch in zip(self.blocks, batches, strict=True)])
+        samples = method != "kfac" or self.options.eigenvalues == "corrected"
+        batches = reduce_calls(self.layer, calls, base=method in KFAC_METHODS, svd=samples)
+        return _joined([block.refresh(batch, turn) for block, batch in zip(self.blocks, batches, strict=True)])
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
         return [variable for block in self.blocks for variable in block.refresh_targets]
 
-    def invert(self, damping: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
+        """`BlockCurvature.directions_left_free` of all blocks together."""
+        return sum_in_order([block.directions_left_free(damping) for block in self.blocks])
+
+    def invert(self, damping: tf.Tensor, factored: tf.Tensor | float = 1.0) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.invert` of all blocks, good where all are."""
-        return _joined([block.invert(damping) for block in self.blocks])
+        return _joined([block.invert(damping, factored) for block in self.blocks])
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
@@ -235,6 +266,7 @@ def refresh_layers(
     layers: list[LayerCurvature],
     calls: dict[RecordingLayer, list[LayerCall]],
     devices: dict[RecordingLayer, str | None] | None = None,
+    turn: tf.Tensor | bool = True,
 ) -> list[tf.Tensor]:
     """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good.
 
@@ -242,11 +274,12 @@ def refresh_layers(
         layers: the layers.
         calls: of each.
         devices: where to compute each; None leaves it to TensorFlow.
+        turn: of `BlockCurvature.refresh`.
     """
     results = []
     for one in layers:
         with on((devices or {}).get(one.layer)):
-            results.append(one.refresh(calls[one.layer]))
+            results.append(one.refresh(calls[one.layer], turn))
     assign_last(
         [variable for one in layers for variable in one.refresh_targets],
         [value for values, _ in results for value in values],
@@ -258,12 +291,23 @@ def invert_layers(
     layers: list[LayerCurvature],
     dampings: dict[RecordingLayer, tf.Tensor],
     devices: dict[RecordingLayer, str | None] | None = None,
+    numbers: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
-    """Makes the preconditioners of every layer anew, likewise."""
+    """Makes the preconditioners of every layer anew, likewise.
+
+    Args:
+        layers: the layers.
+        dampings: λ of each.
+        devices: where to compute each; None leaves it to TensorFlow.
+        numbers: with corrected eigenvalues, how many a batch has to say; see `curvature.corrected`.
+    """
     results = []
+    factored = tf.constant(1.0)
+    if numbers is not None:
+        factored = factored_part([one.directions_left_free(dampings[one.layer]) for one in layers], numbers)
     for one in layers:
         with on((devices or {}).get(one.layer)):
-            results.append(one.invert(dampings[one.layer]))
+            results.append(one.invert(dampings[one.layer], factored))
     assign_last(
         [variable for one in layers for variable in one.preconditioner],
         [value for values, _ in results for value in values],
@@ -276,10 +320,15 @@ def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.T
 
 
 def _refresh(
-    options: CurvatureOptions, batch: BatchCurvature, old: tuple[Pair, ...], moments: tf.Tensor, count: tf.Tensor
+    options: CurvatureOptions,
+    batch: BatchCurvature,
+    old: tuple[Pair, ...],
+    moments: tf.Tensor,
+    count: tf.Tensor,
+    spectrum: tuple | None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     batch, finite = batch.finite_or_zero()
-    packed, old = old, _unpacked(old)
+    packed, old = old, unpacked(old)
     factorwise = options.method in KFAC_METHODS
     batch = batch.with_kfac(base=factorwise)
     new, sound = _batch_terms(options.method, batch, old, count)
@@ -290,9 +339,16 @@ def _refresh(
         part = tf.cast(weight, batch.trace.dtype)
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-    new = [*(pack(factor) for factor in _flatten(averaged)), curvature_moments(*averaged[0])]
+    new = [*(pack(factor) for factor in flattened(averaged)), curvature_moments(*averaged[0])]
+    before = [*flattened(packed), moments]
+    if spectrum is not None:
+        *kept, diagonal, turn = spectrum
+        kept = [*kept, tf.squeeze(diagonal, 1)]
+        now = refreshed(batch.compressed(), averaged[0], kept, count, options.factor_decay, turn)
+        new, before = [*new, *now], [*before, *kept]
+        sound &= is_orthonormal(now[0]) & is_orthonormal(now[1])
     good = finite & sound & all_finite(*new)
-    values = [tf.where(good, now, before) for now, before in zip(new, [*_flatten(packed), moments], strict=True)]
+    values = [tf.where(good, one, other) for one, other in zip(new, before, strict=True)]
     return [*values, count + tf.cast(good, count.dtype)], good
 
 
@@ -324,10 +380,16 @@ def _are_exact(residuals: tf.Tensor) -> tf.Tensor:
     return tf.reduce_all(residuals[0] <= TRIPLE_TOLERANCE)
 
 
+def _new_or_old(new: tf.Tensor, old: tf.Tensor, known: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """The new weights where they are finite and there is curvature; whether they are good."""
+    good = all_finite(new)
+    return [tf.where(known & good, new, old)], good | ~known
+
+
 def _invert(
     options: CurvatureOptions, terms: tuple[Pair, ...], old: tuple, known: tf.Tensor, damping: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    terms = _unpacked(terms)
+    terms = unpacked(terms)
     a, g = terms[0]
     lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), options.damping_rule)
     # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
@@ -350,23 +412,3 @@ def assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> Non
     with tf.control_dependencies(values):
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
-
-
-def _unpacked(terms: tuple[Pair, ...]) -> tuple[Pair, ...]:
-    return tuple((_unpacked_one(a), _unpacked_one(g)) for a, g in terms)
-
-
-def _unpack(_: None, packed: tf.Tensor) -> tf.Tensor:
-    return unpack(packed)
-
-
-def _unpacked_one(packed: tf.Tensor) -> tf.Tensor:
-    """Traced once for all: it is called for every factor."""
-    matrix = traced_once(_unpack, None, packed)
-    if packed.shape[0] is not None:
-        matrix.set_shape([rows_of(packed.shape[0])] * 2)
-    return matrix
-
-
-def _flatten(pairs: Any) -> list:
-    return [factor for pair in pairs for factor in pair]

@@ -19,7 +19,9 @@ def test_sizes_are_those_of_the_variables_counted_by_hand(method, monkeypatch):
     row = state_memory.measure("one layer", method)
     mib = 2**20 / 4  # of float32
     factors, preconditioner = 200 * 201 / 2 + 10 * 11 / 2, 200 * 64 + 64 + 1 + 10**2
-    if method == "kfac_corrected":
+    if method == "kfac":  # Both bases, the eigenvalues of either side, and S twice: averaged, and damped and inverted.
+        preconditioner = 200 * 64 + 10**2 + 65 + 10 + 2 * 65 * 10
+    else:
         factors, preconditioner = 2 * factors, preconditioner + 200 * 64 + 64 + 10**2 + 10
     assert row.parameters == row.momentum == 2000 / mib
     assert row.factors == factors / mib and row.preconditioners == pytest.approx(preconditioner / mib)

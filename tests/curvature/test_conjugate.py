@@ -206,7 +206,7 @@ def test_training_steps_are_those_of_the_dense_model(eager, monkeypatch):
     monkeypatch.setattr(damping_module, "KEEP_ABOVE", -1e9)
     monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", 1e9)  # Of these six the first steps would be cut.
     intervals = {"curvature_interval": 1, "inverse_interval": 1, "factor_decay": 0.0}
-    optimizer = KPSVD(damping=DAMPING, fisher="exact", conjugate_steps=3, **intervals)
+    optimizer = KPSVD(damping=DAMPING, fisher="exact", eigenvalues="kronecker", conjugate_steps=3, **intervals)
     model = compiled(tanh_network(), optimizer, run_eagerly=eager)
     weights = matrices(model)
     sizes = [w.size for w in weights]

@@ -7,8 +7,9 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVDConv2D, KPSVDDense
 from keras_kpsvd.curvature.observation import block_names, extreme_eigenvalues, observe_layer, observe_samples
+from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
-from keras_kpsvd.curvature.state import CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import LayerCurvature
 from keras_kpsvd.linalg import pack, truncated_inverse
 from tests import reference
 

@@ -166,6 +166,8 @@ def test_svd_methods_keep_to_the_memory_budget_whatever_is_wanted():
     large = [(2**12, 2**10)]
     assert refresh_rows("kpsvd", large, None, 50) == rows_within(MEMORY_BUDGET, large, None) < 50
     assert refresh_rows("kfac", large, None, 50) == 50
+    assert refresh_rows("kfac", large, None, 50, corrected=True) == refresh_rows("kpsvd", large, None, 50)
+    assert refresh_rows("kfac", large, 1, corrected=True) is None
     # The exact Fisher has as many gradients of each example as there are outputs.
     small = [(2**8, 2**6)]
     assert refresh_rows("kpsvd", small, None, 500, repeats=10) == rows_within(MEMORY_BUDGET // 10, small, None) < 500

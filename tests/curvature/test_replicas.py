@@ -64,6 +64,7 @@ def test_passes_of_parts_of_a_batch_are_as_one_pass_of_the_whole(split, fisher):
         flat += [value for values in product.values() for value in values]
         results.append([*flat, quadratic.curvature, *quadratic.logit_changes])
         assert int(joint.rows) == 11
+        assert float(joint.numbers(tf.constant(0.0))) == 11 * (2 + 1) and float(joint.numbers(tf.constant(20.0))) == 60
     rows = 7 if fisher == "sampled" else 7 * 5
     assert results[0][0].shape[0] == rows
     for whole, joined in zip(*results, strict=True):

@@ -8,8 +8,9 @@ import tensorflow as tf
 from keras_kpsvd import KPSVDConv2D
 from keras_kpsvd.curvature import state
 from keras_kpsvd.curvature.approximations import METHODS, approximate_terms
+from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
-from keras_kpsvd.curvature.state import BlockCurvature, CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature
 from keras_kpsvd.linalg import RearrangedFisher
 from keras_kpsvd.tracing import graph_function
 from tests import reference

@@ -108,8 +108,9 @@ def test_losses_and_weights_are_those_of_one_device_and_replicas_agree(strategy,
     assert "compute_loss" not in vars(two)
 
 
-def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, monkeypatch):
-    """Each layer on one of them, in the graph of the step."""
+@pytest.mark.parametrize("eigenvalues", ["kronecker", "corrected"])
+def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, eigenvalues, monkeypatch):
+    """Each layer on one of them, in the graph of the step. (Corrected eigenvalues are decomposed in refreshes.)"""
     places, sound = {"_refresh": [], "_invert": []}, state_module.traced_once
 
     def noted(function, *arguments, **options):
@@ -119,9 +120,10 @@ def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, monkeypat
 
     monkeypatch.setattr(state_module, "traced_once", noted)
     x, y = problem(rows=8, dtype="float32")
-    _fitted(strategy, _network, lambda: KPSVD(seed=1), x, y, epochs=1)
-    for calls in places.values():
-        assert sorted(calls, key=min) == [{0}, {1}]
+    _fitted(strategy, _network, lambda: KPSVD(eigenvalues=eigenvalues, seed=1), x, y, epochs=1)
+    for name, calls in places.items():
+        corrected = name == "_invert" and eigenvalues == "corrected"
+        assert sorted(calls, key=min) == ([] if corrected else [{0}, {1}])
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from keras_kpsvd import KPSVDConv2D
 from keras_kpsvd.curvature.approximations import METHODS, TWO_TERM_METHODS
+from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall
-from keras_kpsvd.curvature.state import RANK, BlockCurvature, CurvatureOptions, LayerCurvature
+from keras_kpsvd.curvature.state import RANK, BlockCurvature, LayerCurvature
 from tests import reference
 from tests.linalg import cases
 
@@ -36,13 +37,13 @@ def _update(targets, results):
 
 
 @st.composite
-def _histories(draw, shapes, dtype="float64", methods=METHODS, positions=(1, 1, 3)):
+def _histories(draw, shapes, dtype="float64", methods=METHODS, positions=(1, 1, 3), corrected=False):
     """Options, batches of samples to refresh from one after another, and how strong the damping is."""
     # By rule "factor" the condition number follows the scales: beyond what float32 resolves, inverses are refused.
     rule = draw(st.sampled_from(["sqrt"] if dtype == "float32" else ["sqrt", "factor"]))
-    options = CurvatureOptions(
-        draw(st.sampled_from(methods)), rule, 0.75, draw(st.sampled_from(["absolute", "reflect"]))
-    )
+    eigenvalues = "corrected" if corrected else "kronecker"
+    indefinite = draw(st.sampled_from(["absolute", "reflect"]))
+    options = CurvatureOptions(draw(st.sampled_from(methods)), rule, 0.75, indefinite, eigenvalues)
     shape, shared = draw(st.sampled_from(shapes)), draw(st.sampled_from(positions))
     scales = 10.0 ** np.array(draw(st.tuples(st.integers(-4, 4), st.integers(-4, 4))))
     batches = []
@@ -95,6 +96,15 @@ def test_a_damped_preconditioner_is_symmetric_and_positive_definite(history):
 @given(_histories([(5, 4), (3, 6)], "float32", TWO_TERM_METHODS, positions=(1,)))
 def test_a_damped_two_term_preconditioner_is_positive_definite_in_single_precision_too(history):
     _assert_positive_definite(_preconditioned(history, "float32")[0], 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@settings(max_examples=25, **SETTINGS)
+@given(data=st.data())
+def test_a_preconditioner_of_corrected_eigenvalues_is_symmetric_and_positive_definite(dtype, data):
+    """Truncated on either side or not, whatever the scales: `S` is a mean of squares."""
+    history = data.draw(_histories([*SHAPES, LARGE[0]], dtype, ["kfac", "kpsvd"], corrected=True))
+    _assert_positive_definite(_preconditioned(history, dtype)[0], 1e-3 if dtype == "float32" else 1e-9)
 
 
 @settings(max_examples=100, **SETTINGS)
