@@ -10,7 +10,8 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from keras_kpsvd import likelihoods
-from keras_kpsvd.likelihoods import Head, exact_cotangents, heads, sampled_cotangent
+from keras_kpsvd.likelihoods import Head, exact_cotangents, sampled_cotangent
+from keras_kpsvd.loss_densities import heads
 from tests.test_likelihoods import SEED, WIDTH, normal_pair
 
 

@@ -33,7 +33,7 @@ def joint_pass(
         first: the number of the first of them among all replicas.
 
     Raises:
-        ValueError: the density of an output can't be known; see `likelihoods.heads`.
+        ValueError: the density of an output can't be known; see `loss_densities.heads`.
     """
     if strategy.num_replicas_in_sync == 1:
         return JointPass(passes, [pass_heads(one, likelihood) for one in passes])

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_kpsvd import likelihoods
+from keras_kpsvd import likelihoods, loss_densities
 from keras_kpsvd.curvature.reduction import LayerCall, positions_of, side_by_side
 from keras_kpsvd.layers import ForwardPass, Record, Recorder, RecordingLayer
 
@@ -26,10 +26,10 @@ def check_fisher(fisher: str) -> None:
 
 
 def pass_heads(forward_pass: ForwardPass, likelihood: str | Callable) -> list[likelihoods.Head]:
-    """The outputs of a recorded pass with their densities; see `likelihoods.heads`."""
+    """The outputs of a recorded pass with their densities; see `loss_densities.heads`."""
     outputs = forward_pass.outputs if forward_pass.outputs is not None else forward_pass.last_output
     sample_weight = None if forward_pass.batch is None else forward_pass.batch["sample_weight"]
-    return likelihoods.heads(likelihood, forward_pass.model, outputs, sample_weight)
+    return loss_densities.heads(likelihood, forward_pass.model, outputs, sample_weight)
 
 
 def preactivation_gradients(

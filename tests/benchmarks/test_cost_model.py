@@ -25,7 +25,7 @@ def _recorded(model):
     """`{name: traced}`: the products with `J`, with `Jᵀ`, and the gradient, as graphs of one batch."""
     import tensorflow as tf
 
-    from keras_kpsvd import likelihoods
+    from keras_kpsvd import loss_densities
     from keras_kpsvd.curvature.conjugate import weight_products
     from keras_kpsvd.curvature.replicas import JointPass
     from keras_kpsvd.curvature.step_control import changes_of_outputs
@@ -39,7 +39,7 @@ def _recorded(model):
     def recorded(x):
         outputs = model(x, training=True)
         one = recorder.take()
-        heads = likelihoods.heads("normal", None, outputs)
+        heads = loss_densities.heads("normal", None, outputs)
         return one, heads, JointPass([one], [heads])
 
     def tangent(x):
@@ -120,7 +120,7 @@ def test_passes_over_directions_are_those_of_the_code():
     import costs
     import tensorflow as tf
 
-    from keras_kpsvd import likelihoods
+    from keras_kpsvd import loss_densities
     from keras_kpsvd.curvature.conjugate import conjugate_direction
     from keras_kpsvd.curvature.replicas import JointPass
     from keras_kpsvd.curvature.step_control import LastStep
@@ -133,7 +133,7 @@ def test_passes_over_directions_are_those_of_the_code():
 
     def solution(x, steps):
         outputs = model(x, training=True)
-        joint = JointPass([recorder.take()], [likelihoods.heads("normal", None, outputs)])
+        joint = JointPass([recorder.take()], [loss_densities.heads("normal", None, outputs)])
 
         def copied(direction):  # So that TensorFlow can't tell them to be the same.
             return {layer: [tf.identity(value) for value in values] for layer, values in direction.items()}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense, likelihoods
+from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense, loss_densities
 from keras_kpsvd.curvature import damping as damping_module
 from keras_kpsvd.curvature import natural_gradient, step_control
 from keras_kpsvd.curvature.conjugate import conjugate_direction, fisher_product
@@ -75,7 +75,7 @@ class _Case:
             layer.attach(recorder)
         outputs = model(x, training=True)
         forward_pass = recorder.take()
-        heads = [h._replace(weight=h.weight * scale) for h in likelihoods.heads(self.family, None, outputs)]
+        heads = [h._replace(weight=h.weight * scale) for h in loss_densities.heads(self.family, None, outputs)]
         self.joint = JointPass([forward_pass], [heads])
         variables = [v for layer in self.layers for v in layer.curvature_variables]
         with tf.GradientTape(persistent=True) as tape:

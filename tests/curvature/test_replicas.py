@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_kpsvd import KPSVDDense, likelihoods
+from keras_kpsvd import KPSVDDense, loss_densities
 from keras_kpsvd.curvature.conjugate import fisher_product
 from keras_kpsvd.curvature.placement import spread
 from keras_kpsvd.curvature.replicas import JointPass, _gather
@@ -36,7 +36,7 @@ def _passes(model, parts, weights):
             layer.detach(recorder)
         passes.append(recorder.take())
         passes[-1].outputs = outputs
-        heads.append(likelihoods.heads("auto", model, outputs, tf.constant(weight)))
+        heads.append(loss_densities.heads("auto", model, outputs, tf.constant(weight)))
     return passes, heads
 
 

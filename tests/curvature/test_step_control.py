@@ -6,7 +6,7 @@ import pytest
 import scipy.optimize
 import tensorflow as tf
 
-from keras_kpsvd import KPSVDDense, likelihoods
+from keras_kpsvd import KPSVDDense, loss_densities
 from keras_kpsvd.curvature.replicas import JointPass
 from keras_kpsvd.curvature.step_control import (
     MAX_LOGIT_CHANGE,
@@ -90,7 +90,7 @@ def _record(model, family, x):
         layer.attach(recorder)
     outputs = model(x, training=True)
     forward_pass = recorder.take()
-    return forward_pass, likelihoods.heads(family, None, outputs)
+    return forward_pass, loss_densities.heads(family, None, outputs)
 
 
 def _directions(model, count=1):
@@ -235,7 +235,7 @@ def test_the_quadratic_model_adds_the_outputs_of_a_model_with_their_weights():
         layer.attach(recorder)
     returned = model(x, training=True)
     forward_pass = recorder.take()
-    heads = likelihoods.heads("auto", model, returned)
+    heads = loss_densities.heads("auto", model, returned)
     (direction,) = _directions(model)
     undamped = dict.fromkeys(direction, tf.constant(0.0))
     grams = tf.ones([len(direction), 1, 1])
