@@ -35,8 +35,8 @@ from traced_step import TracedStep
 from keras_kpsvd import KPSVD
 from keras_kpsvd.curvature import natural_gradient
 from keras_kpsvd.curvature.intervals import LONGEST
+from keras_kpsvd.curvature.inverses import RANK
 from keras_kpsvd.curvature.reduction import refresh_rows
-from keras_kpsvd.curvature.state import RANK
 from keras_kpsvd.optimizer import FIT_INTERVAL
 
 RESULTS = Path(__file__).parent / "results" / "cost_model.csv"

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_kpsvd import steps
-from keras_kpsvd.curvature import averaging, natural_gradient, reduction, state
+from keras_kpsvd.curvature import averaging, corrected, inverses, natural_gradient, reduction, state
 from keras_kpsvd.curvature.failures import Failures
 from keras_kpsvd.linalg import eigenbasis, gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated
 from keras_kpsvd.tracing import graph_function
@@ -110,7 +110,7 @@ def _inverting(options: Any, terms: Any, old: Any, known: Any, damping: Any) -> 
     return _STOCK_INVERT(options, terms, old, np.True_, damping)
 
 
-_STOCK_INVERT = state._invert
+_STOCK_INVERT = inverses._invert
 _LINALG = (eigenbasis, gram, kronecker, lanczos, rearrangement, singular, solve, triples, truncated)
 
 # Name and what it is, then what takes it out.
@@ -141,14 +141,14 @@ GUARDS: dict[str, tuple[str, list[Replacement]]] = {
         "new preconditioners are finite and reproduce a probe vector, else the old ones stay",
         [
             (
-                state,
+                inverses,
                 "_invert",
                 _while_tracing(
                     _inverting,
-                    [*trusting(state), (state, "inverts", passes), (state, "orthonormalises", passes)],
+                    [*trusting(inverses), (inverses, "inverts", passes), (inverses, "orthonormalises", passes)],
                 ),
             ),
-            (state, "_new_or_old", lambda new, *_: ([new], np.True_)),
+            (corrected, "_new_or_old", lambda new, *_: ([new], np.True_)),
         ],
     ),
     "linear algebra": (

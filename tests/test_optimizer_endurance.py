@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
+from keras_kpsvd.curvature import corrected, inverses
 from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.curvature.failures import MAX_FAILURES
@@ -84,28 +85,32 @@ def test_at_the_end_of_fit_averages_replace_the_weights_though_the_last_step_was
 @pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize(
-    ("broken", "counted", "said"),
+    ("module", "broken", "eigenvalues", "counted", "said"),
     [
-        ("invert_one_term", "inversion_failures", "its decomposition failed"),
-        ("_batch_terms", "refresh_failures", "its new curvature is not finite"),
+        (inverses, "invert_one_term", "kronecker", "inversion_failures", "its decomposition failed"),
+        (state_module, "_batch_terms", "kronecker", "refresh_failures", "its new curvature is not finite"),
+        (state_module, "_batch_terms", "corrected", "refresh_failures", "its new curvature is not finite"),
+        (corrected, "factor_eigenbasis", "corrected", "refresh_failures", "its new curvature is not finite"),
     ],
 )
-def test_a_layer_that_fails_twenty_times_in_a_row_ends_training_by_name(monkeypatch, broken, counted, said, eager):
+def test_a_layer_that_fails_twenty_times_in_a_row_ends_training_by_name(
+    monkeypatch, module, broken, eigenvalues, counted, said, eager
+):
     """The steps before the twentieth are taken; its own is not."""
-    sound = getattr(state_module, broken)
+    sound = getattr(module, broken)
 
     def spoilt(first, *rest):
         result = sound(first, *rest)  # Of `_batch_terms` with a boolean behind, which stays.
-        size = tf.shape(first)[0] if broken == "invert_one_term" else tf.shape(rest[0].activations)[-1]
+        size = tf.shape(rest[0].activations)[-1] if broken == "_batch_terms" else tf.shape(first)[0]
         factor = tf.where(size == 5, np.nan, 1.0)
         return tf.nest.map_structure(
             lambda one: one if one.dtype == tf.bool else tf.cast(factor, one.dtype) * one, result
         )
 
-    monkeypatch.setattr(state_module, broken, spoilt)
+    monkeypatch.setattr(module, broken, spoilt)
     graph_function.cache_clear()
     x, y = problem(dtype="float32")
-    model = compiled(_network(), KPSVD(method="kfac", **EVERY_STEP), run_eagerly=eager)
+    model = compiled(_network(), KPSVD(eigenvalues=eigenvalues, **EVERY_STEP), run_eagerly=eager)
     try:
         with pytest.warns(RuntimeWarning, match=f"'dense0': {said}"):
             for _ in range(MAX_FAILURES - 2):

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense
-from keras_kpsvd.curvature import corrected
+from keras_kpsvd.curvature import corrected, inverses
 from keras_kpsvd.curvature import state as state_module
 from keras_kpsvd.curvature.approximations import METHODS
 from keras_kpsvd.linalg import gram
@@ -115,7 +115,7 @@ def _failing(failure, condition, results):
 @pytest.fixture
 def break_decomposition(monkeypatch):
     """Makes the decomposition of the layers of a given shape fail from now on."""
-    sound = {name: getattr(state_module, name) for name in ("invert_one_term", "one_term_and_correction")}
+    sound = {name: getattr(inverses, name) for name in ("invert_one_term", "one_term_and_correction")}
 
     def start(failure, d_in):
         graph_function.cache_clear()
@@ -137,7 +137,7 @@ def break_decomposition(monkeypatch):
             return function
 
         for name in sound:
-            monkeypatch.setattr(state_module, name, wrapped(name))
+            monkeypatch.setattr(inverses, name, wrapped(name))
 
     yield start
     graph_function.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense, tracing
-from keras_kpsvd.curvature import natural_gradient, state
+from keras_kpsvd.curvature import inverses, natural_gradient
 from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
 
 WIDTHS = (12, 7, 5, 9, 3, 150, 4, 140, 160, 2)
@@ -104,7 +104,7 @@ def test_layers_of_all_sizes_share_their_decompositions(method, eigenvalues):
         model = _model(KPSVD(method=method, eigenvalues=eigenvalues, seed=0), WIDTHS)
         model.fit(*_data(), batch_size=64, verbose=0)
     shapes = zip((6, *WIDTHS[:-1]), WIDTHS, strict=True)
-    kinds = {(d_in + 1 > 2 * state.RANK, d_out > 2 * state.RANK) for d_in, d_out in shapes}
+    kinds = {(d_in + 1 > 2 * inverses.RANK, d_out > 2 * inverses.RANK) for d_in, d_out in shapes}
     assert len(kinds) == 4
     assert len(made) == len(kinds) + (1 if eigenvalues == "corrected" else 4)
     assert [one.experimental_get_tracing_count() for one in made] == [1] * len(made)

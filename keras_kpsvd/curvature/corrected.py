@@ -25,6 +25,7 @@ from keras_kpsvd.curvature.approximations import Pair
 from keras_kpsvd.curvature.averaging import average_weight
 from keras_kpsvd.curvature.reduction import BatchCurvature
 from keras_kpsvd.linalg import (
+    all_finite,
     apply_diagonal,
     damped_diagonal,
     diagonal_of_samples,
@@ -50,10 +51,12 @@ class CorrectedEigenvalues:
     Args:
         shape: `(d_in, d_out)`.
         rank: eigenvectors kept of a factor of more than twice as many rows; of smaller ones all.
+        rule: how factors are damped, where they are.
         add: makes a variable from a shape, a name and an initializer.
     """
 
-    def __init__(self, shape: tuple[int, int], rank: int, add: Callable[..., keras.Variable]):
+    def __init__(self, shape: tuple[int, int], rank: int, rule: str, add: Callable[..., keras.Variable]):
+        self._rule = rule
         columns = [size if size <= 2 * rank else rank for size in shape]
         sizes = tuple(kept + (size > kept) for size, kept in zip(shape, columns, strict=True))
         self._bases = [
@@ -62,7 +65,12 @@ class CorrectedEigenvalues:
         ]
         self._sides = [add((size,), f"{side}_eigenvalues") for side, size in zip("AG", sizes, strict=True)]
         self._diagonal = add(sizes, "eigenvalues")
-        self.weights = add(sizes, "weights", "ones")
+        self._weights = add(sizes, "weights", "ones")
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What the values of `invert` are assigned to."""
+        return [self._weights]
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -78,22 +86,41 @@ class CorrectedEigenvalues:
         *bases, _, _, diagonal = self.values()
         return tf.cast(directions_left_free(diagonal, tf.cast(damping, diagonal.dtype), *bases), tf.float32)
 
-    def inverted(self, damping: tf.Tensor, rule: str, factored: tf.Tensor) -> tf.Tensor:
-        """What `weights` become: see `linalg.damped_diagonal`."""
+    def invert(
+        self, terms: tuple[Pair, ...], known: tf.Tensor, damping: tf.Tensor, factored: tf.Tensor | float
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The next weights, the old ones where they are not finite, and whether they are good.
+
+        Args:
+            terms: of no meaning here: refreshes have decomposed them.
+            known: whether there was a refresh.
+            damping: λ.
+            factored: `φ` of `linalg.damped_diagonal`.
+        """
+        new = self._inverted(damping, factored)
+        return _new_or_old(new, tf.convert_to_tensor(self._weights), known)
+
+    def _inverted(self, damping: tf.Tensor, factored: tf.Tensor | float) -> tf.Tensor:
         a_basis, g_basis, a_values, g_values, diagonal = self.values()
         damping, factored = (tf.cast(one, diagonal.dtype) for one in (damping, factored))
         means = []
         for basis, values in ((a_basis, a_values), (g_basis, g_values)):
             counts = multiplicities(basis)
             means.append(tf.reduce_sum(counts * values) / tf.reduce_sum(counts))
-        split = split_damping(*means, damping, rule)
+        split = split_damping(*means, damping, self._rule)
         damped = damped_diagonal(diagonal, a_values, g_values, damping, split, factored)
         # The bases have turned by now: the last weights belong to others, so that new ones must be finite.
         return 1 / tf.maximum(damped, diagonal.dtype.as_numpy_dtype(SMALLEST))
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The damped inverse times `vec(∇)`, `[d_in, d_out]`."""
-        return apply_diagonal(*(tf.convert_to_tensor(one) for one in (*self._bases, self.weights)), matrix)
+        return apply_diagonal(*(tf.convert_to_tensor(one) for one in (*self._bases, self._weights)), matrix)
+
+
+def _new_or_old(new: tf.Tensor, old: tf.Tensor, known: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """The new weights where they are finite and there is curvature; whether they are good."""
+    good = all_finite(new)
+    return [tf.where(known & good, new, old)], good | ~known
 
 
 def factored_part(directions: Sequence[tf.Tensor], numbers: tf.Tensor) -> tf.Tensor:

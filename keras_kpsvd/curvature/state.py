@@ -10,36 +10,19 @@ import tensorflow as tf
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
 from keras_kpsvd.curvature.corrected import CorrectedEigenvalues, factored_part, refreshed
+from keras_kpsvd.curvature.inverses import RANK, KroneckerInverses
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.packing import flattened, unpacked
 from keras_kpsvd.curvature.placement import on
-from keras_kpsvd.curvature.probes import inverts, is_orthonormal, orthonormalises
+from keras_kpsvd.curvature.probes import is_orthonormal
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
-from keras_kpsvd.linalg import (
-    Inverse,
-    TruncatedInverse,
-    all_finite,
-    apply_corrected,
-    apply_one_term,
-    correction_rank,
-    curvature_moments,
-    factor_damping,
-    invert_one_term,
-    one_term_and_correction,
-    pack,
-    packed_size,
-    sum_in_order,
-)
+from keras_kpsvd.linalg import Inverse, all_finite, curvature_moments, pack, packed_size, sum_in_order
 from keras_kpsvd.tracing import traced_once
 
 # Exact triples are trusted when the first one's residuals are within this part of its value. Where KFAC leaves hardly
 # more than rounding it reaches 1e-2; later triples may be rounding altogether, and are then small.
 TRIPLE_TOLERANCE = 0.1
-
-# Eigenpairs kept of a factor, and of the second term on either side; up to twice as many rows are inverted whole.
-# Half as many cost nothing on CURVES and 3 % of the loss on MNIST, twice as many gained 1 %; see benchmarks/README.md.
-RANK = 64
 
 # Steps of power iteration for several positions per example, from nothing and from the last refresh.
 COLD_STEPS, WARM_STEPS = 12, 1
@@ -72,38 +55,15 @@ class BlockCurvature:
         def add(shape: tuple[int, ...], name: str, initializer: str = "zeros") -> keras.Variable:
             return add_variable(shape=shape, dtype=dtype, name=f"{prefix}_{name}", initializer=initializer)
 
-        self.two_term = options.method in TWO_TERM_METHODS
-        names = [("A", "G"), ("P", "Q")] if self.two_term else [("A", "G")]
+        names = [("A", "G"), ("P", "Q")] if options.method in TWO_TERM_METHODS else [("A", "G")]
         self._packed = [(add((packed_size(d_in),), a), add((packed_size(d_out),), g)) for a, g in names]
         self.moments = add((2,), "moments")
         self.count = add_variable(shape=(), dtype="int64", name=f"{prefix}_refreshes", initializer="zeros")
-        self._corrected = None
-        if options.eigenvalues == "corrected":
-            self._corrected = CorrectedEigenvalues(shape, RANK, add)
-        self._inverses = []
-        for side, size in (("A", d_in), ("G", d_out)):
-            if self._corrected is not None:
-                break
-            if size <= 2 * RANK:
-                self._inverses.append([add((size, size), f"{side}_inverse", "identity")])
-            else:
-                names = {"basis": (size, RANK), "weights": (RANK,)}
-                parts = [add(shape, f"{side}_{name}") for name, shape in names.items()]
-                self._inverses.append([*parts, add((), f"{side}_shift", "ones")])
-        self._second = []
-        if self.two_term:
-            r_in, r_out = (correction_rank(size, RANK) for size in (d_in, d_out))
-            self._second = [
-                add((d_in, r_in), "K1"),
-                add((d_out, r_out), "K2"),
-                add((r_in,), "s1"),
-                add((r_out,), "s2"),
-            ]
-
-    @property
-    def corrects(self) -> bool:
-        """Whether eigenvalues are corrected."""
-        return self._corrected is not None
+        self.corrects = options.eigenvalues == "corrected"
+        if self.corrects:
+            self._made = CorrectedEigenvalues(shape, RANK, options.damping_rule, add)
+        else:
+            self._made = KroneckerInverses(shape, options, add)
 
     @property
     def factors(self) -> list[Pair]:
@@ -128,38 +88,33 @@ class BlockCurvature:
         old, count = self._terms(), tf.convert_to_tensor(self.count)
         moments = tf.convert_to_tensor(self.moments)
         spectrum = None
-        if self._corrected is not None:
-            *kept, diagonal = self._corrected.values()
+        if self.corrects:
+            *kept, diagonal = self._made.values()
             # With an axis more its sizes are left open where graphs are shared.
             spectrum = (*kept, diagonal[:, tf.newaxis], tf.convert_to_tensor(turn))
         arguments = (batch, old, moments, count, spectrum)
         try:
             return traced_once(_refresh, self.options, *arguments, sizes_matter=batch.sums_over_positions)
-        except tf.errors.OpError:  # As in `invert`.
-            kept = [] if self._corrected is None else self._corrected.values()
-            return [*flattened(old), moments, *kept, count], tf.constant(False)
+        except tf.errors.OpError:  # Eagerly decompositions may raise.
+            return [tf.convert_to_tensor(variable) for variable in self.refresh_targets], tf.constant(False)
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refresh` are assigned to."""
-        corrected = [] if self._corrected is None else self._corrected.refresh_targets
-        return [*flattened(self._packed), self.moments, *corrected, self.count]
+        return [*flattened(self._packed), self.moments, *self._made.refresh_targets, self.count]
 
     @property
     def preconditioner(self) -> list[keras.Variable]:
         """What the values of `invert` are assigned to."""
-        if self._corrected is not None:
-            return [self._corrected.weights]
-        return [*self._inverses[0], *self._inverses[1], *self._second]
+        return self._made.variables
 
     def inverses(self) -> tuple[Inverse, Inverse]:
         """`A_λ⁻¹` and `G_λ⁻¹` of the preconditioner, the identity before the first; not with corrected eigenvalues."""
-        tensors = [[tf.convert_to_tensor(variable) for variable in side] for side in self._inverses]
-        return tuple(side[0] if len(side) == 1 else TruncatedInverse(*side) for side in tensors)
+        return self._made.inverses()
 
     def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
         """With corrected eigenvalues, in how many directions `damping` damps little, float32 scalar."""
-        return self._corrected.directions_left_free(damping)
+        return self._made.directions_left_free(damping)
 
     def invert(self, damping: tf.Tensor, factored: tf.Tensor | float = 1.0) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The preconditioner of the current factors at `damping` (the paper's λ), and whether it is good.
@@ -173,28 +128,11 @@ class BlockCurvature:
             reproduce a probe vector (with corrected eigenvalues refreshes decompose), and a scalar boolean. Without
             factors yet the old values are good.
         """
-        if self._corrected is not None:
-            new = self._corrected.inverted(damping, self.options.damping_rule, factored)
-            return _new_or_old(new, tf.convert_to_tensor(self._corrected.weights), self.count > 0)
-        terms = self._terms()
-        second = [tf.convert_to_tensor(variable) for variable in self._second]
-        old = (*self.inverses(), *second)
-        try:
-            return traced_once(_invert, self.options, terms, old, tf.convert_to_tensor(self.count) > 0, damping)
-        except tf.errors.OpError:
-            # Eagerly all sorts of things can raise. In a graph a failed decomposition is NaN, or refused by the probe.
-            return tf.nest.flatten(old), tf.constant(False)
+        return self._made.invert(self._terms(), tf.convert_to_tensor(self.count) > 0, damping, factored)
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
-        """The preconditioner times a gradient `[d_in, d_out]`: `A_λ⁻¹ ∇ G_λ⁻¹`, its two-term form or that of `S`."""
-        matrix = tf.cast(matrix, self._packed[0][0].dtype)
-        if self._corrected is not None:
-            return self._corrected.precondition(matrix)
-        inverses = self.inverses()
-        if self.two_term:
-            second = [tf.convert_to_tensor(variable) for variable in self._second]
-            return apply_corrected(*inverses, *second, matrix, indefinite=self.options.indefinite)
-        return apply_one_term(*inverses, matrix)
+        """The preconditioner times a gradient `[d_in, d_out]`."""
+        return self._made.precondition(tf.cast(matrix, self._packed[0][0].dtype))
 
 
 class LayerCurvature:
@@ -378,33 +316,6 @@ def _batch_terms(
 def _are_exact(residuals: tf.Tensor) -> tf.Tensor:
     """Whether triples with these residuals may be trusted, as far as the first one tells."""
     return tf.reduce_all(residuals[0] <= TRIPLE_TOLERANCE)
-
-
-def _new_or_old(new: tf.Tensor, old: tf.Tensor, known: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """The new weights where they are finite and there is curvature; whether they are good."""
-    good = all_finite(new)
-    return [tf.where(known & good, new, old)], good | ~known
-
-
-def _invert(
-    options: CurvatureOptions, terms: tuple[Pair, ...], old: tuple, known: tf.Tensor, damping: tf.Tensor
-) -> tuple[list[tf.Tensor], tf.Tensor]:
-    terms = unpacked(terms)
-    a, g = terms[0]
-    lam_a, lam_g = factor_damping(a, g, tf.cast(damping, a.dtype), options.damping_rule)
-    # Without a refresh the factors are zeros: any damping makes them harmless, the result is not used.
-    lam_a, lam_g = (tf.where(known, value, tf.ones_like(value)) for value in (lam_a, lam_g))
-    starts = tuple(one.basis if isinstance(one, TruncatedInverse) else None for one in old[:2])
-    if len(terms) == 2:
-        new = one_term_and_correction(a, g, *terms[1], lam_a, lam_g, RANK, starts)
-    else:
-        new = invert_one_term(a, g, lam_a, lam_g, starts)
-    flat = tf.nest.flatten(new)
-    good = all_finite(*flat) & inverts(new[0], a, lam_a) & inverts(new[1], g, lam_g)
-    if len(terms) == 2:
-        good &= orthonormalises(new[2], new[0], a, lam_a) & orthonormalises(new[3], new[1], g, lam_g)
-    values = [tf.where(known & good, now, before) for now, before in zip(flat, tf.nest.flatten(old), strict=True)]
-    return values, good | ~known
 
 
 def assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:

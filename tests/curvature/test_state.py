@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVDConv2D
-from keras_kpsvd.curvature import state
+from keras_kpsvd.curvature import inverses, state
 from keras_kpsvd.curvature.approximations import METHODS, approximate_terms
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
@@ -296,8 +296,8 @@ def _large(seed, rows):
 
 def _truncated(factor):
     values, vectors = np.linalg.eigh(factor)
-    tail = values[: -state.RANK].mean()
-    return (vectors * np.where(np.arange(len(values)) < len(values) - state.RANK, tail, values)) @ vectors.T
+    tail = values[: -inverses.RANK].mean()
+    return (vectors * np.where(np.arange(len(values)) < len(values) - inverses.RANK, tail, values)) @ vectors.T
 
 
 @pytest.mark.parametrize("rows", [40, 600])
@@ -329,14 +329,14 @@ def test_a_wrong_truncated_inverse_is_refused(method, part, monkeypatch):
     assert _invert(block)
     before = [variable.numpy() for variable in block.preconditioner]
     name = "invert_one_term" if method == "kfac" else "one_term_and_correction"
-    sound = getattr(state, name)
+    sound = getattr(inverses, name)
 
     def wrong(*arguments):
         inverse, *others = sound(*arguments)
         broken = {"basis": inverse.basis * 1.5, "weights": inverse.weights * 0.2, "shift": -inverse.shift}
         return inverse._replace(**{part: broken[part]}), *others
 
-    monkeypatch.setattr(state, name, wrong)
+    monkeypatch.setattr(inverses, name, wrong)
     graph_function.cache_clear()
     try:
         _refresh(block, _large(1, 60))

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense
+from keras_kpsvd.curvature import inverses
 from keras_kpsvd.curvature import state as state_module
 from tests import reference
 from tests.networks import assert_told_once, matrices, problem, tanh_network, variable
@@ -118,7 +119,8 @@ def test_layers_are_refreshed_and_decomposed_on_both_devices(strategy, eigenvalu
         places[function.__name__].append({tf.DeviceSpec.from_string(one.device).device_index for one in values})
         return values, good
 
-    monkeypatch.setattr(state_module, "traced_once", noted)
+    for module in (state_module, inverses):
+        monkeypatch.setattr(module, "traced_once", noted)
     x, y = problem(rows=8, dtype="float32")
     _fitted(strategy, _network, lambda: KPSVD(eigenvalues=eigenvalues, seed=1), x, y, epochs=1)
     for name, calls in places.items():

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from keras_kpsvd import KPSVDConv2D
 from keras_kpsvd.curvature.approximations import METHODS, TWO_TERM_METHODS
+from keras_kpsvd.curvature.inverses import RANK
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall
-from keras_kpsvd.curvature.state import RANK, BlockCurvature, LayerCurvature
+from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature
 from tests import reference
 from tests.linalg import cases
 
