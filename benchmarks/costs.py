@@ -112,10 +112,12 @@ def precondition(block: Block, rank: int) -> list[Cost]:
     d_in, d_out = block.d_in, block.d_out
     k_in, k_out = kept(d_in, rank), kept(d_out, rank)
     costs = [passes(d_in * d_out, 4)]  # The bias row joined to the kernel, and cut off again.
-    costs += [product(k_in, d_in, d_out), product(k_in, d_out, k_out), product(k_in, k_out, d_out)]
-    costs.append(product(d_in, k_in, d_out))
-    if k_in < d_in:
-        costs += [product(d_in, d_out, k_out), product(d_in, k_out, d_out), passes(d_in * d_out, 5)]
+    truncated = k_in < d_in, k_out < d_out
+    costs += [passes(d_in * d_out, 5)] * any(truncated)
+    if all(truncated):  # Into either basis of the whole, and into both of a part.
+        costs += [product(k_in, d_out, k_out), product(k_in, k_out, d_out)]
+    for kept_here, size, other in ((k_in, d_in, d_out), (k_out, d_out, d_in)):
+        costs += [product(kept_here, size, other), product(size, kept_here, other)]
     return costs
 
 

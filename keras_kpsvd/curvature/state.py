@@ -268,7 +268,7 @@ def _refresh(
     batch, finite = batch.finite_or_zero()
     packed, old = old, unpacked(old)
     factorwise = options.method in KFAC_METHODS
-    batch = batch.with_kfac(base=factorwise)
+    batch = batch.with_kfac(base=factorwise).compressed()
     new, sound = _batch_terms(options.method, batch, old, count)
     trace = None
     weight = average_weight(count, options.factor_decay)
@@ -282,7 +282,7 @@ def _refresh(
     if spectrum is not None:
         *kept, diagonal, turn = spectrum
         kept = [*kept, tf.squeeze(diagonal, 1)]
-        now = refreshed(batch.compressed(), averaged[0], kept, count, options.factor_decay, turn)
+        now = refreshed(batch, averaged[0], kept, count, options.factor_decay, turn)
         new, before = [*new, *now], [*before, *kept]
         sound &= is_orthonormal(now[0]) & is_orthonormal(now[1])
     good = finite & sound & all_finite(*new)
@@ -301,7 +301,7 @@ def _batch_terms(
     """
     if method == "kfac":
         return (batch.base,), tf.constant(True)
-    operator = batch.compressed().operator()
+    operator = batch.operator()
     if operator.positions == 1:
         terms, residuals = operator_terms(operator, batch.base, method, symmetric=True, route="gram")
         return terms, _are_exact(residuals)

@@ -165,27 +165,25 @@ def apply_diagonal(a_basis: tf.Tensor, g_basis: tf.Tensor, values: tf.Tensor, ma
     Returns:
         `[d_in, d_out]`.
     """
-    rows = tf.matmul(a_basis, matrix, transpose_a=True)
-    inside = tf.matmul(rows, g_basis)
-    a_whole, g_whole = is_complete(a_basis), is_complete(g_basis)
-    both = values if a_whole else values[:-1]
-    both, right = (both, None) if g_whole else (both[:, :-1], both[:, -1:])
-    if a_whole:
-        if g_whole:
-            left = tf.matmul(inside * both, g_basis, transpose_b=True)
-        else:
-            left = right * rows + tf.matmul(inside * (both - right), g_basis, transpose_b=True)
-        return tf.matmul(a_basis, left)
-    columns = tf.matmul(matrix, g_basis)
-    if g_whole:
-        below = values[-1:]
-        outside = tf.matmul(columns * below, g_basis, transpose_b=True)
-        left = tf.matmul(inside * (both - below), g_basis, transpose_b=True)
-        return outside + tf.matmul(a_basis, left)
-    below, corner = values[-1:, :-1], values[-1, -1]
-    left = (right - corner) * rows + tf.matmul(inside * (both - right - below + corner), g_basis, transpose_b=True)
-    outside = corner * matrix + tf.matmul(columns * (below - corner), g_basis, transpose_b=True)
+    if is_complete(g_basis):
+        turned = _apply_on_the_left(a_basis, values, tf.matmul(matrix, g_basis))
+        return tf.matmul(turned, g_basis, transpose_b=True)
+    if is_complete(a_basis):
+        return tf.transpose(apply_diagonal(g_basis, a_basis, tf.transpose(values), tf.transpose(matrix)))
+    both, right, below, corner = values[:-1, :-1], values[:-1, -1:], values[-1:, :-1], values[-1, -1]
+    rows, columns = tf.matmul(a_basis, matrix, transpose_a=True), tf.matmul(matrix, g_basis)
+    inside = (both - right - below + corner) * tf.matmul(rows, g_basis)
+    left = (right - corner) * rows + tf.matmul(inside, g_basis, transpose_b=True)
+    outside = corner * matrix + tf.matmul((below - corner) * columns, g_basis, transpose_b=True)
     return outside + tf.matmul(a_basis, left)
+
+
+def _apply_on_the_left(basis: tf.Tensor, values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """The same where `matrix` is in the whole basis of the other side: of `values` each column belongs to one of its."""
+    inside = tf.matmul(basis, matrix, transpose_a=True)
+    if is_complete(basis):
+        return tf.matmul(basis, values * inside)
+    return values[-1:] * matrix + tf.matmul(basis, (values[:-1] - values[-1:]) * inside)
 
 
 def _squares_and_tail(rows: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:
