@@ -12,8 +12,9 @@ from problems import PROBLEMS
 from runs import SEARCH_SEED, Key, Row, best_loss, best_options
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # Adam's
-UNITS = ("epochs", "seconds", "epoch_seconds")
+UNITS = ("epochs", "seconds", "epoch_seconds", "late_epoch_seconds")
 _CONDITIONS = ("device", "jobs", "threads")
+_RANGES = ("epochs", "epochs_ratio", "seconds_ratio")
 
 
 def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
@@ -125,6 +126,8 @@ def _line(seeds: dict[int, Row], adam: dict[int, Row]) -> dict[str, Any]:
         "reached": f"{sum(race['epochs'] is not None for race in races)}/{len(races)}",
         **{f"{unit}_to_adam": _median(race[unit] for race in races) for unit in ("epochs", "seconds")},
         **{f"{unit}_ratio": None if is_adam else _median(race[f"{unit}_ratio"] for race in races) for unit in UNITS},
+        **{f"{name}_{end}": None if is_adam else at for name in _RANGES for end, at in _range(races, name).items()},
+        "held_out_loss_at_goal": _median(race["held_out_loss_at_goal"] for race in races),
         **{name: _median(row[series][-1] if row[series] else None for row in rows) for name, series in held_out},
         **{f"{name}_equal_time": _median(race[name] for race in races) for name, _ in held_out},
         "flags": "; ".join(flags),
@@ -137,7 +140,8 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
     Returns:
         "epochs", "seconds": from the start to the first epoch at or below Adam's lowest loss, or None for never.
         "epochs_ratio", "seconds_ratio": these as parts of Adam's own. "epoch_seconds_ratio": of the median epoch
-            without the first, None where a run has only one.
+            without the first, None where a run has only one. "late_epoch_seconds_ratio": of the second half of epochs.
+        "held_out_loss_at_goal": after the first epoch at or below Adam's lowest loss, or None.
         "held_out_loss", "held_out_accuracy": after the last epoch that was over when all of Adam's were, or None.
         "ends_above": the last training loss is above Adam's last, or not finite.
     """
@@ -147,6 +151,7 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         sum(row["seconds"][:count]) if count else None for row, count in ((own, epochs), (adam, adams))
     )
     slow, fast = (median(row["seconds"][1:]) if len(row["seconds"]) > 1 else None for row in (own, adam))
+    late = median(own["seconds"][len(own["seconds"]) // 2 :]) if slow else None
     total = sum(adam["seconds"])
     in_time = sum(sum(own["seconds"][: k + 1]) <= total for k in range(len(own["seconds"])))
     last, adams_last = (row["losses"][-1] if row["losses"] else None for row in (own, adam))
@@ -156,6 +161,8 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         "epochs_ratio": epochs / adams if epochs else None,
         "seconds_ratio": seconds / adams_seconds if epochs else None,
         "epoch_seconds_ratio": slow / fast if slow and fast else None,
+        "late_epoch_seconds_ratio": late / fast if late and fast else None,
+        "held_out_loss_at_goal": own["held_out_losses"][epochs - 1] if epochs else None,
         "held_out_loss": own["held_out_losses"][in_time - 1] if in_time else None,
         "held_out_accuracy": own["held_out_accuracies"][in_time - 1] if in_time else None,
         "ends_above": last is None or (adams_last is not None and last > adams_last),
@@ -164,6 +171,13 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
 
 def _epochs_to(losses: list[float | None], goal: float) -> int | None:
     return next((epoch for epoch, loss in enumerate(losses, start=1) if loss is not None and loss <= goal), None)
+
+
+def _range(races: list[dict[str, Any]], name: str) -> dict[str, float | None]:
+    """The least and the largest over seeds, None standing for never."""
+    values = [race[name] for race in races]
+    found = [value for value in values if value is not None]
+    return {"low": min(found, default=None), "high": None if None in values else max(found, default=None)}
 
 
 def _median(values: Iterable[float | None]) -> float | None:

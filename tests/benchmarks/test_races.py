@@ -15,9 +15,16 @@ def test_race_counts_epochs_and_seconds_to_adams_lowest_loss():
     assert (result["epochs"], result["seconds"]) == (3, 11.0)
     assert result["epochs_ratio"] == pytest.approx(3 / 2) and result["seconds_ratio"] == pytest.approx(11 / 3)
     assert result["epoch_seconds_ratio"] == pytest.approx(3 / 1.5)
+    assert race(make_row([0.8] * 5, [9.0, 9.0, 4.0, 3.0, 2.0], optimizer="kpsvd"), adam)[
+        "late_epoch_seconds_ratio"
+    ] == pytest.approx(3 / 1.5)
+    assert result["held_out_loss_at_goal"] == pytest.approx(3.0)
     assert not result["ends_above"]
     never = race(make_row([0.8, None], optimizer="kpsvd", status="diverged"), adam)
-    assert never["epochs"] is never["seconds"] is never["seconds_ratio"] is None and never["ends_above"]
+    assert (
+        never["held_out_loss_at_goal"] is never["epochs"] is never["seconds"] is never["seconds_ratio"] is None
+        and never["ends_above"]
+    )
     assert race(make_row([0.2, 0.41], optimizer="kpsvd"), adam)["ends_above"]
     assert not race(make_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
 
@@ -57,6 +64,9 @@ def test_table_pairs_seeds_and_takes_medians_with_never_as_infinite():
     assert (adam["epochs_to_adam"], adam["seconds_to_adam"], adam["epochs_ratio"]) == (1, 1.0, None)
     assert adam["flags"] == "3 of 5 rates tried"
     assert plain["reached"] == "2/3" and plain["epochs_to_adam"] == 2 and plain["seconds_ratio"] == 4.0
+    assert (plain["epochs_low"], plain["epochs_high"]) == (1, None)  # One never gets there.
+    assert (plain["seconds_ratio_low"], plain["seconds_ratio_high"]) == (2.0, None)
+    assert adam["epochs_ratio_low"] is None and (kfac["epochs_low"], kfac["epochs_high"]) == (None, None)
     assert plain["best_loss"] == pytest.approx(0.175) and plain["held_out_loss"] == pytest.approx(1.75)
     assert plain["held_out_loss_equal_time"] is None and "ends above Adam 1/3" in plain["flags"]
     assert kfac["reached"] == "0/1" and kfac["epochs_ratio"] is None and kfac["held_out_loss"] is None
