@@ -179,7 +179,7 @@ def apply_diagonal(a_basis: tf.Tensor, g_basis: tf.Tensor, values: tf.Tensor, ma
 
 
 def _apply_on_the_left(basis: tf.Tensor, values: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """The same where `matrix` is in the whole basis of the other side: of `values` each column belongs to one of its."""
+    """The same where `matrix` is in the whole basis of the other side; each column of `values` belongs to one of it."""
     inside = tf.matmul(basis, matrix, transpose_a=True)
     if is_complete(basis):
         return tf.matmul(basis, values * inside)
