@@ -197,7 +197,6 @@ class NaturalGradient:
         overlap = tf.constant(0.0) if last is None else last.slope
         scale = trusted = tf.constant(1.0)
         control = []
-        share = tf.constant(1.0)
         if (options.adaptive or self._corrects) and joint is not None:
             share, usual = share_of_batch(joint.rows, self._usual.value)
             control.append((self._usual, usual))
