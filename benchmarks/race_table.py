@@ -29,8 +29,10 @@ COLUMNS = (
     ("", "s/epoch", lambda line: number(line["epoch_seconds_ratio"], ".2f")),
     ("held out:", "loss", lambda line: number(line["held_out_loss"], ".4g")),
     ("", "accuracy", lambda line: number(line["held_out_accuracy"], ".3f")),
-    ("in Adam's time:", "loss", lambda line: number(line["held_out_loss_equal_time"], ".4g")),
+    ("in equal time:", "loss", lambda line: number(line["held_out_loss_equal_time"], ".4g")),
+    ("", "Adam's", lambda line: number(line["adams_held_out_loss_equal_time"], ".4g")),
     ("", "accuracy", lambda line: number(line["held_out_accuracy_equal_time"], ".3f")),
+    ("", "Adam's", lambda line: number(line["adams_held_out_accuracy_equal_time"], ".3f")),
     ("", "flags", lambda line: line["flags"]),
 )
 
@@ -50,7 +52,10 @@ def format_table(lines: list[dict[str, Any]]) -> str:
 
 
 def verdicts(lines: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each label: on how many problems it reached Adam's lowest loss in fewer epochs, and seconds."""
+    """A sentence for each label: on how many problems it reached Adam's lowest loss in fewer epochs, and seconds.
+
+    Where there are several labels, also how they stand to each other: `standings`.
+    """
     counts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         if line["label"] != "adam" and not line["reached"].endswith("/0"):
@@ -61,6 +66,31 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         sentences.append(
             f"{label} {options}: reaches Adam's lowest training loss sooner in {wins['epochs']} of {len(own)} "
             f"comparisons by epochs, in {wins['seconds']} by seconds (medians over seeds)."
+        )
+    return sentences + (standings(list(counts.values())) if len(counts) > 1 else [])
+
+
+def standings(labels: list[list[dict[str, Any]]]) -> list[str]:
+    """A sentence for each label: how its median seconds to Adam's lowest loss stand to those of the fastest label.
+
+    Args:
+        labels: the lines of each. Comparisons count that all of them have; the mean is geometric, over those where the
+            label reached that loss in the median.
+    """
+    seconds = [{(line["problem"], line["batch"]): line["seconds_to_adam"] for line in own} for own in labels]
+    shared = [where for where in seconds[0] if all(where in own for own in seconds)]
+    least = {
+        where: min(times) for where in shared if (times := [s for own in seconds if (s := own[where]) is not None])
+    }
+    sentences = []
+    for own, lines in zip(seconds, labels, strict=True):
+        ratios = [own[where] / least[where] for where in least if own[where] is not None]
+        mean = f"{math.exp(math.fsum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "–"
+        counts = [tuple(map(int, line["reached"].split("/"))) for line in lines]
+        reached, runs = (sum(count[k] for count in counts) for k in (0, 1))
+        sentences.append(
+            f"{lines[0]['label']}: {mean} times the seconds of the fastest of {len(labels)}, the fastest in "
+            f"{ratios.count(1.0)} of {len(least)} comparisons; {reached} of {runs} runs reached Adam's lowest loss."
         )
     return sentences
 

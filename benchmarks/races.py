@@ -14,7 +14,9 @@ from runs import SEARCH_SEED, Key, Row, best_loss, best_options
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # Adam's
 UNITS = ("epochs", "seconds", "epoch_seconds", "late_epoch_seconds")
 _CONDITIONS = ("device", "jobs", "threads")
-_RANGES = ("epochs", "epochs_ratio", "seconds_ratio")
+_HELD_OUT = {"held_out_loss": "held_out_losses", "held_out_accuracy": "held_out_accuracies"}
+_EQUAL_TIME = [f"{whose}{name}_equal_time" for whose in ("", "adams_") for name in _HELD_OUT]
+_RANGES = ("epochs", "epochs_ratio", "seconds_ratio", *_EQUAL_TIME)
 
 
 def summarise(rows: dict[Key, Row]) -> list[dict[str, Any]]:
@@ -105,7 +107,6 @@ def _line(seeds: dict[int, Row], adam: dict[int, Row]) -> dict[str, Any]:
     ]
     races = [race(own, other) for own, other in shared]
     is_adam = seeds is adam
-    held_out = [("held_out_loss", "held_out_losses"), ("held_out_accuracy", "held_out_accuracies")]
     above = sum(race["ends_above"] for race in races)
     flags = _bad_ends(seeds)
     if not races:
@@ -128,8 +129,8 @@ def _line(seeds: dict[int, Row], adam: dict[int, Row]) -> dict[str, Any]:
         **{f"{unit}_ratio": None if is_adam else _median(race[f"{unit}_ratio"] for race in races) for unit in UNITS},
         **{f"{name}_{end}": None if is_adam else at for name in _RANGES for end, at in _range(races, name).items()},
         "held_out_loss_at_goal": _median(race["held_out_loss_at_goal"] for race in races),
-        **{name: _median(row[series][-1] if row[series] else None for row in rows) for name, series in held_out},
-        **{f"{name}_equal_time": _median(race[name] for race in races) for name, _ in held_out},
+        **{name: _median(row[of][-1] if row[of] else None for row in rows) for name, of in _HELD_OUT.items()},
+        **{name: _median(race[name] for race in races) for name in _EQUAL_TIME},
         "flags": "; ".join(flags),
     }
 
@@ -142,7 +143,8 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         "epochs_ratio", "seconds_ratio": these as parts of Adam's own. "epoch_seconds_ratio": of the median epoch
             without the first, None where a run has only one. "late_epoch_seconds_ratio": of the second half of epochs.
         "held_out_loss_at_goal": after the first epoch at or below Adam's lowest loss, or None.
-        "held_out_loss", "held_out_accuracy": after the last epoch that was over when all of Adam's were, or None.
+        "held_out_loss_equal_time", "held_out_accuracy_equal_time": of this run and, as "adams_held_out_…", of Adam's,
+            each after the last epoch that was over when the shorter of both runs was; None before the first.
         "ends_above": the last training loss is above Adam's last, or not finite.
     """
     goal = best_loss(adam["losses"])
@@ -152,8 +154,7 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
     )
     slow, fast = (median(row["seconds"][1:]) if len(row["seconds"]) > 1 else None for row in (own, adam))
     late = median(own["seconds"][len(own["seconds"]) // 2 :]) if slow else None
-    total = sum(adam["seconds"])
-    in_time = sum(sum(own["seconds"][: k + 1]) <= total for k in range(len(own["seconds"])))
+    end = min(sum(own["seconds"]), sum(adam["seconds"]))
     last, adams_last = (row["losses"][-1] if row["losses"] else None for row in (own, adam))
     return {
         "epochs": epochs,
@@ -163,10 +164,16 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         "epoch_seconds_ratio": slow / fast if slow and fast else None,
         "late_epoch_seconds_ratio": late / fast if late and fast else None,
         "held_out_loss_at_goal": own["held_out_losses"][epochs - 1] if epochs else None,
-        "held_out_loss": own["held_out_losses"][in_time - 1] if in_time else None,
-        "held_out_accuracy": own["held_out_accuracies"][in_time - 1] if in_time else None,
+        **_held_out("", own, end),
+        **_held_out("adams_", adam, end),
         "ends_above": last is None or (adams_last is not None and last > adams_last),
     }
+
+
+def _held_out(whose: str, row: Row, end: float) -> dict[str, float | None]:
+    """Cells after the last epoch that was over `end` seconds after the start."""
+    epochs = sum(sum(row["seconds"][: k + 1]) <= end for k in range(len(row["seconds"])))
+    return {f"{whose}{name}_equal_time": row[of][epochs - 1] if epochs else None for name, of in _HELD_OUT.items()}
 
 
 def _epochs_to(losses: list[float | None], goal: float) -> int | None:

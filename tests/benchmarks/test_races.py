@@ -29,16 +29,22 @@ def test_race_counts_epochs_and_seconds_to_adams_lowest_loss():
     assert not race(make_row([0.2, 0.39], optimizer="kpsvd"), adam)["ends_above"]
 
 
-def test_race_looks_at_the_last_epoch_that_ended_within_adams_time():
+def test_race_compares_what_both_had_when_the_shorter_run_ended():
     from races import race
 
-    adam = make_row([0.9, 0.3], [2.0, 2.0])
+    def held_out(own, adam):
+        result = race(own, adam)
+        return [
+            result[f"{whose}held_out_{what}_equal_time"] for whose in ("", "adams_") for what in ("loss", "accuracy")
+        ]
+
+    adam = make_row([0.9, 0.3], [2.0, 2.0], accuracies=[0.6, 0.7])
     own = make_row([0.5, 0.4, 0.2], [3.0, 1.0, 1.0], optimizer="kpsvd", accuracies=[0.1, 0.2, 0.3])
-    assert (race(own, adam)["held_out_loss"], race(own, adam)["held_out_accuracy"]) == (4.0, 0.2)
+    assert held_out(own, adam) == [4.0, 0.2, 3.0, 0.7]
     own["seconds"] = [4.5, 1.0, 1.0]
-    assert race(own, adam)["held_out_loss"] is race(own, adam)["held_out_accuracy"] is None
+    assert held_out(own, adam) == [None, None, 3.0, 0.7]
     own["seconds"] = [1.0, 1.0, 1.0]
-    assert race(own, adam)["held_out_accuracy"] == 0.3
+    assert held_out(own, adam) == [2.0, 0.3, 9.0, 0.6]
 
 
 def test_table_pairs_seeds_and_takes_medians_with_never_as_infinite():
@@ -129,3 +135,28 @@ def test_best_rate_at_the_end_of_the_range_is_flagged():
     assert summarise(by_key(*rows))[0]["flags"] == "best rate at the edge"
     rows[2] = make_row([0.0001], options={"learning_rate": RATES[2]})
     assert summarise(by_key(*rows))[0]["flags"] == ""
+
+
+def test_labels_stand_to_the_fastest_by_the_geometric_mean_over_what_all_have():
+    from race_table import verdicts
+    from races import summarise
+
+    def own(seconds, label, problem, loss=0.2):
+        return make_row([loss], [seconds], optimizer="kpsvd", label=label, problem=problem)
+
+    rows = by_key(
+        *(make_row([0.3], problem=problem) for problem in ("digits", "narrow", "deep")),
+        *(own(seconds, "one", problem) for seconds, problem in ((1.0, "digits"), (18.0, "narrow"), (1.0, "deep"))),
+        *(own(seconds, "two", problem) for seconds, problem in ((4.0, "digits"), (2.0, "narrow"))),
+    )
+    sentences = verdicts(summarise(rows))[2:]
+    assert sentences == [
+        "one: 3.00 times the seconds of the fastest of 2, the fastest in 1 of 2 comparisons; "
+        "3 of 3 runs reached Adam's lowest loss.",
+        "two: 2.00 times the seconds of the fastest of 2, the fastest in 1 of 2 comparisons; "
+        "2 of 2 runs reached Adam's lowest loss.",
+    ]
+    rows |= by_key(own(2.0, "two", "narrow", loss=0.4))
+    assert verdicts(summarise(rows))[3].startswith(
+        "two: 4.00 times the seconds of the fastest of 2, the fastest in 0 of 2"
+    )
