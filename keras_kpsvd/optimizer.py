@@ -35,7 +35,7 @@ from keras_kpsvd.linalg import DampingRule, IndefiniteRule
 from keras_kpsvd.reporting import tell_of_fallback, tell_of_unused_rate
 from keras_kpsvd.saved_state import SavesExactly
 from keras_kpsvd.steps import WholeSteps
-from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
+from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace, uncollected
 
 PLAIN_RATE = 0.01
 
@@ -255,7 +255,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         )
         if self.built:  # Refused again, if it was when it was built.
             self._saved_state.restore_waiting(self.variables)
-        with uninterrupted():
+        with uninterrupted(), uncollected():
             super().apply(grads, trainable_variables)
 
     def get_config(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The first step is traced once, and cheaply: nothing goes into the trace that TensorFlow throws away."""
 
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDConv2D, KPSVDDense, tracing
 from keras_kpsvd.curvature import inverses, natural_gradient
-from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace
+from keras_kpsvd.tracing import ThrownAwayTrace, outside_the_trace, uncollected
 
 WIDTHS = (12, 7, 5, 9, 3, 150, 4, 140, 160, 2)
 
@@ -89,8 +90,9 @@ def test_a_model_that_was_trained_before_is_traced_once_as_well(proposals, tmp_p
 def test_layers_of_all_sizes_share_their_decompositions(method, eigenvalues):
     """One graph for refreshes, one for inversions of each pair of whole and truncated factors, traced once each.
 
-    Besides one in which factors are unpacked, and one that probes inverses of either kind. With corrected eigenvalues
-    one for refreshes of each pair, and the first of these.
+    Besides two in which factors are unpacked and packed, and one that probes inverses of either kind. With corrected
+    eigenvalues one for refreshes of each pair too, one that counts their directions, and of either kind of factor one
+    that finds eigenvectors and one that probes them.
     """
     made, original = [], tracing.graph_function.__wrapped__
 
@@ -106,16 +108,16 @@ def test_layers_of_all_sizes_share_their_decompositions(method, eigenvalues):
     shapes = zip((6, *WIDTHS[:-1]), WIDTHS, strict=True)
     kinds = {(d_in + 1 > 2 * inverses.RANK, d_out > 2 * inverses.RANK) for d_in, d_out in shapes}
     assert len(kinds) == 4
-    assert len(made) == len(kinds) + (1 if eigenvalues == "corrected" else 4)
+    assert len(made) == (3 * len(kinds) + 6 if eigenvalues == "corrected" else len(kinds) + 5)
     assert [one.experimental_get_tracing_count() for one in made] == [1] * len(made)
 
 
-@pytest.mark.parametrize(("eigenvalues", "graphs"), [("kronecker", 4), ("corrected", 2)])
+@pytest.mark.parametrize(("eigenvalues", "graphs"), [("kronecker", 5), ("corrected", 7)])
 def test_convolutions_of_equal_sizes_share_theirs(eigenvalues, graphs):
     """Of samples summed over positions sizes decide on the way: a graph for each size, whatever tensors' names.
 
-    One for refreshes and one in which factors are unpacked; one for inversions and one that probes them, which
-    corrected eigenvalues do without.
+    One for refreshes, and two in which factors are unpacked and packed; one for inversions, and one that probes them.
+    With corrected eigenvalues one that finds eigenvectors and one that probes them, and one that counts directions.
     """
     made, original = [], tracing.graph_function.__wrapped__
 
@@ -195,3 +197,26 @@ def test_with_a_strategy_variables_stay_where_replicas_make_them():
                 return tf.constant(tf.executing_eagerly())
 
         assert not step()
+
+
+def test_nothing_is_collected_while_a_step_is_traced():
+    def seen():
+        with uncollected():
+            return gc.isenabled()
+
+    assert tf.function(seen, autograph=False)().numpy() == 0 and gc.isenabled()
+    assert seen() and gc.isenabled()  # eagerly
+
+    def failing():
+        with uncollected():
+            raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        tf.function(failing, autograph=False)()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        tf.function(seen, autograph=False)()
+        assert not gc.isenabled()  # whoever has switched it off keeps it so
+    finally:
+        gc.enable()

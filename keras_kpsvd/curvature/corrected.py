@@ -37,6 +37,7 @@ from keras_kpsvd.linalg import (
     sum_in_order,
     transported,
 )
+from keras_kpsvd.tracing import traced_once
 
 # Directions left free for each number of a batch, between which K-FAC's damping sets in.
 ENOUGH, TOO_MANY = 5.0, 10.0
@@ -78,13 +79,14 @@ class CorrectedEigenvalues:
         return [*self._bases, *self._sides, self._diagonal]
 
     def values(self) -> list[tf.Tensor]:
-        """The same, as tensors."""
-        return [tf.convert_to_tensor(variable) for variable in self.refresh_targets]
+        """The same as tensors, `S` with an axis more: so its sizes are left open where graphs are shared."""
+        *others, diagonal = (tf.convert_to_tensor(variable) for variable in self.refresh_targets)
+        return [*others, tf.expand_dims(diagonal, 1)]
 
     def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
         """`tr F̂ (F̂ + λI)⁻¹`, float32 scalar."""
         *bases, _, _, diagonal = self.values()
-        return tf.cast(directions_left_free(diagonal, tf.cast(damping, diagonal.dtype), *bases), tf.float32)
+        return traced_once(_directions, None, diagonal, tf.cast(damping, diagonal.dtype), *bases)
 
     def invert(
         self, terms: tuple[Pair, ...], known: tf.Tensor, damping: tf.Tensor, factored: tf.Tensor | float
@@ -97,24 +99,39 @@ class CorrectedEigenvalues:
             damping: λ.
             factored: `φ` of `linalg.damped_diagonal`.
         """
-        new = self._inverted(damping, factored)
-        return _new_or_old(new, tf.convert_to_tensor(self._weights), known)
-
-    def _inverted(self, damping: tf.Tensor, factored: tf.Tensor | float) -> tf.Tensor:
-        a_basis, g_basis, a_values, g_values, diagonal = self.values()
-        damping, factored = (tf.cast(one, diagonal.dtype) for one in (damping, factored))
-        means = []
-        for basis, values in ((a_basis, a_values), (g_basis, g_values)):
-            counts = multiplicities(basis)
-            means.append(tf.reduce_sum(counts * values) / tf.reduce_sum(counts))
-        split = split_damping(*means, damping, self._rule)
-        damped = damped_diagonal(diagonal, a_values, g_values, damping, split, factored)
-        # The bases have turned by now: the last weights belong to others, so that new ones must be finite.
-        return 1 / tf.maximum(damped, diagonal.dtype.as_numpy_dtype(SMALLEST))
+        values = self.values()
+        damping, factored = (tf.cast(one, self._diagonal.dtype) for one in (damping, factored))
+        old = tf.convert_to_tensor(self._weights)
+        new = tf.ensure_shape(traced_once(_inverted, self._rule, *values, damping, factored), old.shape)
+        return _new_or_old(new, old, known)
 
     def precondition(self, matrix: tf.Tensor) -> tf.Tensor:
         """The damped inverse times `vec(∇)`, `[d_in, d_out]`."""
         return apply_diagonal(*(tf.convert_to_tensor(one) for one in (*self._bases, self._weights)), matrix)
+
+
+def _directions(_: None, diagonal: tf.Tensor, damping: tf.Tensor, *bases: tf.Tensor) -> tf.Tensor:
+    return tf.cast(directions_left_free(tf.squeeze(diagonal, 1), damping, *bases), tf.float32)
+
+
+def _inverted(
+    rule: str,
+    a_basis: tf.Tensor,
+    g_basis: tf.Tensor,
+    a_values: tf.Tensor,
+    g_values: tf.Tensor,
+    diagonal: tf.Tensor,
+    damping: tf.Tensor,
+    factored: tf.Tensor,
+) -> tf.Tensor:
+    means = []
+    for basis, values in ((a_basis, a_values), (g_basis, g_values)):
+        counts = multiplicities(basis)
+        means.append(tf.reduce_sum(counts * values) / tf.reduce_sum(counts))
+    split = split_damping(*means, damping, rule)
+    damped = damped_diagonal(tf.squeeze(diagonal, 1), a_values, g_values, damping, split, factored)
+    # The bases have turned by now: the last weights belong to others, so that new ones must be finite.
+    return 1 / tf.maximum(damped, diagonal.dtype.as_numpy_dtype(SMALLEST))
 
 
 def _new_or_old(new: tf.Tensor, old: tf.Tensor, known: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -127,6 +144,10 @@ def factored_part(directions: Sequence[tf.Tensor], numbers: tf.Tensor) -> tf.Ten
     """`φ` of `linalg.damped_diagonal` from the directions that each block leaves free and the numbers of a batch."""
     share = tf.math.divide_no_nan(sum_in_order(list(directions)), tf.cast(numbers, tf.float32))
     return tf.clip_by_value((share - ENOUGH) / (TOO_MANY - ENOUGH), 0.0, 1.0)
+
+
+def _eigenbasis(_: None, factor: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    return factor_eigenbasis(factor, start)
 
 
 def refreshed(
@@ -147,7 +168,7 @@ def refreshed(
 
     def turned():
         (a_values, a_basis), (g_values, g_basis) = (
-            factor_eigenbasis(factor, basis) for factor, basis in zip(factors, bases, strict=True)
+            traced_once(_eigenbasis, None, factor, basis) for factor, basis in zip(factors, bases, strict=True)
         )
         carried = transported(diagonal, bases, (a_basis, g_basis))
         return [a_basis, g_basis, a_values, g_values, tf.where(known, carried, diagonal)]

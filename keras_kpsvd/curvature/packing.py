@@ -7,12 +7,22 @@ from typing import Any
 import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import Pair
-from keras_kpsvd.linalg import rows_of, unpack
+from keras_kpsvd.linalg import pack, rows_of, unpack
 from keras_kpsvd.tracing import traced_once
 
 
+def packed(terms: tuple[Pair, ...]) -> list[tf.Tensor]:
+    """The lower triangles of all factors in turn, with lengths left open."""
+    return [traced_once(_pack, None, factor) for factor in flattened(terms)]
+
+
 def unpacked(terms: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    """The symmetric matrices."""
     return tuple((_unpacked_one(a), _unpacked_one(g)) for a, g in terms)
+
+
+def _pack(_: None, factor: tf.Tensor) -> tf.Tensor:
+    return pack(factor)
 
 
 def _unpack(_: None, packed: tf.Tensor) -> tf.Tensor:

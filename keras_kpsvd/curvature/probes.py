@@ -57,6 +57,10 @@ def orthonormalises(basis: tf.Tensor, inverse: Inverse, factor: tf.Tensor, lam: 
 
 def is_orthonormal(basis: tf.Tensor) -> tf.Tensor:
     """Whether `UᵀU = I`, likewise."""
+    return traced_once(_is_orthonormal, None, basis)
+
+
+def _is_orthonormal(_: None, basis: tf.Tensor) -> tf.Tensor:
     probe = _probe(tf.shape(basis)[1], basis.dtype)
     image = tf.matmul(basis, tf.matmul(basis, probe), transpose_a=True)
     return tf.norm(image - probe) <= PROBE_TOLERANCE * tf.norm(probe)

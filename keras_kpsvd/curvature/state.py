@@ -12,12 +12,12 @@ from keras_kpsvd.curvature.averaging import average_terms, average_weight
 from keras_kpsvd.curvature.corrected import CorrectedEigenvalues, factored_part, refreshed
 from keras_kpsvd.curvature.inverses import RANK, KroneckerInverses
 from keras_kpsvd.curvature.options import CurvatureOptions
-from keras_kpsvd.curvature.packing import flattened, unpacked
+from keras_kpsvd.curvature.packing import flattened, packed, unpacked
 from keras_kpsvd.curvature.placement import on
 from keras_kpsvd.curvature.probes import is_orthonormal
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
-from keras_kpsvd.linalg import Inverse, all_finite, curvature_moments, pack, packed_size, sum_in_order
+from keras_kpsvd.linalg import Inverse, all_finite, curvature_moments, packed_size, sum_in_order
 from keras_kpsvd.tracing import traced_once
 
 # Exact triples are trusted when the first one's residuals are within this part of its value. Where KFAC leaves hardly
@@ -89,9 +89,7 @@ class BlockCurvature:
         moments = tf.convert_to_tensor(self.moments)
         spectrum = None
         if self.corrects:
-            *kept, diagonal = self._made.values()
-            # With an axis more its sizes are left open where graphs are shared.
-            spectrum = (*kept, diagonal[:, tf.newaxis], tf.convert_to_tensor(turn))
+            spectrum = (*self._made.values(), tf.convert_to_tensor(turn))
         arguments = (batch, old, moments, count, spectrum)
         try:
             return traced_once(_refresh, self.options, *arguments, sizes_matter=batch.sums_over_positions)
@@ -266,7 +264,7 @@ def _refresh(
     spectrum: tuple | None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     batch, finite = batch.finite_or_zero()
-    packed, old = old, unpacked(old)
+    triangles, old = old, unpacked(old)
     factorwise = options.method in KFAC_METHODS
     batch = batch.with_kfac(base=factorwise).compressed()
     new, sound = _batch_terms(options.method, batch, old, count)
@@ -277,8 +275,7 @@ def _refresh(
         part = tf.cast(weight, batch.trace.dtype)
         trace = (1 - part) * tf.linalg.trace(old[0][0]) + part * batch.trace
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
-    new = [*(pack(factor) for factor in flattened(averaged)), curvature_moments(*averaged[0])]
-    before = [*flattened(packed), moments]
+    new, before = [*packed(averaged), curvature_moments(*averaged[0])], [*flattened(triangles), moments]
     if spectrum is not None:
         *kept, diagonal, turn = spectrum
         kept = [*kept, tf.squeeze(diagonal, 1)]
