@@ -317,6 +317,6 @@ def _are_exact(residuals: tf.Tensor) -> tf.Tensor:
 
 def assign_last(variables: list[keras.Variable], values: list[tf.Tensor]) -> None:
     """Assigns only once every value is known: what raises on the way leaves all variables as they were."""
-    with tf.control_dependencies(values):
+    with tf.control_dependencies([tf.group(*values)]):  # One operation waits for all, and the others for it.
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
