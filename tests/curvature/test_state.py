@@ -345,3 +345,19 @@ def test_a_wrong_truncated_inverse_is_refused(method, part, monkeypatch):
         graph_function.cache_clear()
     for variable, old in zip(block.preconditioner, before, strict=True):
         np.testing.assert_array_equal(variable, old)
+
+
+def test_a_value_that_raises_leaves_all_variables_as_they_were():
+    variables = [keras.Variable(tf.zeros([2]), dtype="float32") for _ in range(3)]
+
+    @tf.function(autograph=False)
+    def assign(x):
+        late = tf.linalg.matmul(tf.random.normal([600, 600]), tf.random.normal([600, 600]))[0, :2]
+        checked = tf.debugging.check_numerics(late + tf.math.log(x), "raised on purpose")
+        state.assign_last(variables, [x, x + 1, checked])
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="raised on purpose"):
+        assign(tf.constant([1.0, -1.0]))
+    assert all(np.array_equal(variable.numpy(), [0, 0]) for variable in variables)
+    assign(tf.constant([1.0, 2.0]))
+    assert [variable.numpy()[0] for variable in variables[:2]] == [1, 2]
