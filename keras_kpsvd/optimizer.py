@@ -82,15 +82,16 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             second term of the two-term methods is the best one with symmetric factors.
         eigenvalues: by what the preconditioner divides in the eigenbasis of a one-term method's factors: "kronecker",
             the products of their own eigenvalues, or "corrected", the diagonal that the Fisher block itself has there
-            (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch has fewer targets than λ leaves
-            directions free (`curvature.corrected`). Needs a sixth to a third fewer epochs on the auto-encoders, at the
-            same cost. None: "corrected" with the adaptive rate and a one-term method.
+            (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch says little: where it has fewer
+            targets than λ leaves directions free, or few of its examples make up the Fisher (`curvature.corrected`).
+            Needs a sixth to a third fewer epochs on the auto-encoders, at the same cost. None: "corrected" with the
+            adaptive rate and a one-term method.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
         damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 0.002 times the
-            curvature along per-example gradients (0.0006 with corrected eigenvalues), stays above a floor that grows as
-            its root, and follows how far the quadratic model is right: nothing depends on the scale of the loss
-            (`curvature.damping`). A number holds λ.
+            curvature along per-example gradients (0.0006 with corrected eigenvalues, a tenth of that where they are
+            damped like the factors), stays above a floor that grows as its root, and follows how far the quadratic
+            model is right: nothing depends on the scale of the loss (`curvature.damping`). A number holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method; corrected eigenvalues may leave it out.
         kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).

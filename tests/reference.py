@@ -196,6 +196,12 @@ def matrix_of_diagonal(values, left, right):
     return full * spread.reshape(-1) @ full.T
 
 
+def length_kurtosis(activations, gradients, each=1):
+    """`E_n[‖D_n‖⁴] / E_n[‖D_n‖²]²`, of examples with `each` gradients next to each other, whose squares add up."""
+    squares = np.sum(weight_gradients(activations, gradients) ** 2, axis=(1, 2)).reshape(-1, each).sum(1)
+    return np.mean(squares**2) / np.mean(squares) ** 2
+
+
 def corrected_diagonal(diagonal, left_values, right_values, left_mean, right_mean, damping, factored, rule="sqrt"):
     """`S + (1 − φ) λ + φ ((e_A + λ_A)(e_G + λ_G)ᵀ − e_A e_Gᵀ)`, mean eigenvalues given."""
     damping_left, damping_right = factor_damping(np.diag([left_mean]), np.diag([right_mean]), damping, rule)

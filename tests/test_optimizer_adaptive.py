@@ -11,8 +11,11 @@ from tests.contract.oracle import DAMPING, EVERY_STEP, PLAIN, assert_steps
 from tests.networks import compiled, matrices, problem, tanh_network, variable
 
 
-def _corrected_directions(weights, x, y, dampings, enough, too_many):
-    """Gradients, preconditioned with the diagonals that the blocks have in the eigenbases of their factors, and `φ`."""
+def _corrected_directions(weights, x, y, dampings, free_bounds, kurtosis_bounds, moves):
+    """Gradients, preconditioned with the diagonals that the blocks have in the eigenbases of their factors, and `φ`.
+
+    And λ of each layer, of which a tenth is left where it moves and `φ` is 1.
+    """
     gradients = reference.squared_error_gradients(weights, x, y)
     samples = reference.squared_error_samples(weights, x)
     pairs = [reference.kfac_factors(*sample) for sample in samples]
@@ -22,7 +25,12 @@ def _corrected_directions(weights, x, y, dampings, enough, too_many):
         for sample, both in zip(samples, spectra, strict=True)
     ]
     free = sum(np.sum(one / (one + lam)) for one, lam in zip(diagonals, dampings, strict=True))
-    factored = np.clip((free / y.size - enough) / (too_many - enough), 0, 1)
+    traces = [np.trace(a) * np.trace(g) for a, g in pairs]
+    kurtosis = np.average([reference.length_kurtosis(*sample, y.shape[1]) for sample in samples], weights=traces)
+    measures = [(free / y.size, free_bounds), (kurtosis, kurtosis_bounds)]
+    factored = np.clip(max((value - low) / (high - low) for value, (low, high) in measures), 0, 1)
+    if moves:
+        dampings = [(1 - 0.9 * factored) * one for one in dampings]
     steps = []
     for gradient, pair, both, diagonal, lam in zip(gradients, pairs, spectra, diagonals, dampings, strict=True):
         values, bases = zip(*both, strict=True)
@@ -30,7 +38,7 @@ def _corrected_directions(weights, x, y, dampings, enough, too_many):
         damped = reference.corrected_diagonal(diagonal, *values, *means, lam, factored)
         inverse = reference.matrix_of_diagonal(1 / damped, *bases)
         steps.append((inverse @ gradient.reshape(-1)).reshape(gradient.shape))
-    return gradients, steps, factored
+    return gradients, steps, factored, dampings
 
 
 def _adaptive_dampings(damping, first, weights, x, lowest):
@@ -96,7 +104,8 @@ def test_corrected_eigenvalues_age_with_the_factors_and_their_bases_with_the_inv
 def test_of_a_short_last_batch_the_usual_one_says_how_much_is_known(options, monkeypatch):
     told = []
     monkeypatch.setattr(
-        "keras_kpsvd.curvature.state.factored_part", lambda free, numbers: told.append(float(numbers)) or tf.zeros([])
+        "keras_kpsvd.curvature.natural_gradient.factored_part",
+        lambda *known: told.append(float(known[-1])) or tf.zeros([]),
     )
     every = {"curvature_interval": 1, "inverse_interval": 1}
     model = compiled(tanh_network(), KPSVD(eigenvalues="corrected", **options, **every), run_eagerly=True)
@@ -110,7 +119,8 @@ def test_of_a_short_last_batch_the_usual_one_says_how_much_is_known(options, mon
 def test_accumulated_parts_are_known_together(monkeypatch):
     told = []
     monkeypatch.setattr(
-        "keras_kpsvd.curvature.state.factored_part", lambda free, numbers: told.append(float(numbers)) or tf.zeros([])
+        "keras_kpsvd.curvature.natural_gradient.factored_part",
+        lambda *known: told.append(float(known[-1])) or tf.zeros([]),
     )
     model = compiled(tanh_network(), KPSVD(gradient_accumulation_steps=4), run_eagerly=True)
     model.optimizer.build(model.trainable_variables)
@@ -128,6 +138,7 @@ def test_accumulated_parts_are_known_together(monkeypatch):
         ("kronecker", DAMPING, 0.6),
         (None, "adaptive", 1e9),
         (None, "adaptive", 0.5),
+        ("uneven", "adaptive", 1e9),
         ("corrected", DAMPING, 0.6),
     ],
 )
@@ -135,9 +146,12 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
     eigenvalues, damping, bound, monkeypatch
 ):
     monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", bound)
-    enough, too_many = 0.5, 2.0  # Of 23 weights and 12 numbers.
-    monkeypatch.setattr(corrected, "ENOUGH", enough)
-    monkeypatch.setattr(corrected, "TOO_MANY", too_many)
+    free_bounds, kurtosis_bounds = (0.5, 2.0), (1e8, 1e9)  # Of 23 weights and 12 numbers.
+    if eigenvalues == "uneven":
+        eigenvalues, free_bounds, kurtosis_bounds = None, (1e8, 1e9), (1.0, 1.5)
+    for names, values in ((("ENOUGH", "TOO_MANY"), free_bounds), (("EVEN", "UNEVEN"), kurtosis_bounds)):
+        for name, value in zip(names, values, strict=True):
+            monkeypatch.setattr(corrected, name, value)
     options = {"damping": damping, "eigenvalues": eigenvalues, "conjugate_steps": 1, **EVERY_STEP}
     model = compiled(tanh_network(), KPSVD(fisher="exact", **options))
     lowest = 2e-3 if eigenvalues == "kronecker" else 6e-4
@@ -158,7 +172,9 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
                 for sample, gradient, lam in zip(samples, gradients, dampings, strict=True)
             ]
         else:
-            gradients, directions, part = _corrected_directions(weights, x, y, dampings, enough, too_many)
+            gradients, directions, part, dampings = _corrected_directions(
+                weights, x, y, dampings, free_bounds, kurtosis_bounds, damping == "adaptive"
+            )
             factored.append(part)
         gradient, direction = (np.concatenate([m.reshape(-1) for m in parts]) for parts in (gradients, directions))
         of_weights = [np.full(w.size, lam) for w, lam in zip(weights, dampings, strict=True)]

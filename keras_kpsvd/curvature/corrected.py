@@ -5,18 +5,29 @@ the diagonal `S` is carried over into them; each refresh then averages the diago
 So a step knows the latest batch exactly, and older ones as far as the bases have not turned since.
 
 `S + λ` damps only where the block itself has little curvature. Where a batch says too little, that is too little
-damping: a step fits the noise of its own batch in every direction that is left free. How many these are is known,
-`Σ_l tr F̂_l (F̂_l + λ_l)⁻¹`, and so is how many numbers a batch has to say: as many as it has targets (labels, or
-pixels). Up to `ENOUGH` directions for each of them λ alone damps, from `TOO_MANY` on the factors are damped as K-FAC
-damps them, which holds back all directions in which either factor is small, and in between that part of the way. The
-paper's auto-encoders leave 1 to 4 directions to each pixel, and reach the same loss in two thirds of the epochs without
-K-FAC's damping; 30 layers, a heavy-tailed regression and a classifier of 8 units at batches of 64 leave 10 to 60 to
-each label, and need it. (More λ instead makes all of them slower; see benchmarks/README.md.)
+damping. How little it says is measured in two ways.
+
+A step fits the noise of its own batch in every direction that is left free. How many these are is known, `Σ_l tr F̂_l
+(F̂_l + λ_l)⁻¹`, and so is how many numbers a batch has to say: as many as it has targets (labels, or pixels). The
+paper's auto-encoders leave 1 to 4 directions to each pixel; 30 layers, a heavy-tailed regression and a classifier of 8
+units at batches of 64 leave 10 to 60 to each label.
+
+And `S` is a mean of squares, which may rest on a few of the examples: of a classifier on those that are not certain
+yet, and on others in the next batch. How few is known, `κ = E_n[‖D_n‖⁴] / E_n[‖D_n‖²]²` (`linalg.length_kurtosis`): 1
+where all say as much, 3 where each says the square of one normal draw. Auto-encoders, whose examples have hundreds of
+targets each, have 1 to 1.25; a regression with one target has 3.5, classifiers have 3 to 100 once they have learnt
+something, at all batch sizes.
+
+Up to `ENOUGH` directions and a kurtosis of `EVEN` λ alone damps, from `TOO_MANY` or `UNEVEN` on the factors are damped
+as K-FAC damps them, which holds back all directions in which either factor is small, and in between that part of the
+way. The auto-encoders reach the same loss in two thirds of the epochs without K-FAC's damping; the others need it.
+(More λ instead makes all of them slower.) It is so much more damping that λ is a tenth there of what it is without
+(`FACTORED`). See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
@@ -32,15 +43,19 @@ from keras_kpsvd.linalg import (
     diagonal_of_weight_gradients,
     directions_left_free,
     factor_eigenbasis,
+    length_kurtosis,
     multiplicities,
     split_damping,
-    sum_in_order,
     transported,
 )
 from keras_kpsvd.tracing import traced_once
 
-# Directions left free for each number of a batch, between which K-FAC's damping sets in.
+# Kurtoses, and directions left free for each number of a batch, between which K-FAC's damping sets in.
+EVEN, UNEVEN = 1.5, 2.5
 ENOUGH, TOO_MANY = 5.0, 10.0
+
+# What is left of λ where the factors are damped.
+FACTORED = 0.1
 
 # Of a damped eigenvalue: its inverse is finite in float32.
 SMALLEST = 1e-35
@@ -48,6 +63,8 @@ SMALLEST = 1e-35
 
 class CorrectedEigenvalues:
     """Variables of one block: bases `U_A`, `U_G`, the factors' eigenvalues, the averaged `S`, and what divides by it.
+
+    And the kurtosis of the examples' gradients, averaged likewise.
 
     Args:
         shape: `(d_in, d_out)`.
@@ -66,6 +83,7 @@ class CorrectedEigenvalues:
         ]
         self._sides = [add((size,), f"{side}_eigenvalues") for side, size in zip("AG", sizes, strict=True)]
         self._diagonal = add(sizes, "eigenvalues")
+        self.kurtosis = add((), "kurtosis")
         self._weights = add(sizes, "weights", "ones")
 
     @property
@@ -76,16 +94,16 @@ class CorrectedEigenvalues:
     @property
     def refresh_targets(self) -> list[keras.Variable]:
         """What the values of `refreshed` are assigned to."""
-        return [*self._bases, *self._sides, self._diagonal]
+        return [*self._bases, *self._sides, self._diagonal, self.kurtosis]
 
     def values(self) -> list[tf.Tensor]:
         """The same as tensors, `S` with an axis more: so its sizes are left open where graphs are shared."""
-        *others, diagonal = (tf.convert_to_tensor(variable) for variable in self.refresh_targets)
-        return [*others, tf.expand_dims(diagonal, 1)]
+        *others, diagonal, kurtosis = (tf.convert_to_tensor(variable) for variable in self.refresh_targets)
+        return [*others, tf.expand_dims(diagonal, 1), kurtosis]
 
     def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
         """`tr F̂ (F̂ + λI)⁻¹`, float32 scalar."""
-        *bases, _, _, diagonal = self.values()
+        *bases, _, _, diagonal, _ = self.values()
         return traced_once(_directions, None, diagonal, tf.cast(damping, diagonal.dtype), *bases)
 
     def invert(
@@ -99,7 +117,7 @@ class CorrectedEigenvalues:
             damping: λ.
             factored: `φ` of `linalg.damped_diagonal`.
         """
-        values = self.values()
+        *values, _ = self.values()
         damping, factored = (tf.cast(one, self._diagonal.dtype) for one in (damping, factored))
         old = tf.convert_to_tensor(self._weights)
         new = tf.ensure_shape(traced_once(_inverted, self._rule, *values, damping, factored), old.shape)
@@ -140,10 +158,22 @@ def _new_or_old(new: tf.Tensor, old: tf.Tensor, known: tf.Tensor) -> tuple[list[
     return [tf.where(known & good, new, old)], good | ~known
 
 
-def factored_part(directions: Sequence[tf.Tensor], numbers: tf.Tensor) -> tf.Tensor:
-    """`φ` of `linalg.damped_diagonal` from the directions that each block leaves free and the numbers of a batch."""
-    share = tf.math.divide_no_nan(sum_in_order(list(directions)), tf.cast(numbers, tf.float32))
-    return tf.clip_by_value((share - ENOUGH) / (TOO_MANY - ENOUGH), 0.0, 1.0)
+def factored_part(traces: tf.Tensor, kurtoses: tf.Tensor, directions: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
+    """`φ` of `linalg.damped_diagonal`: how little a batch has to say, by the larger of two measures.
+
+    Args:
+        traces: `tr F̂_l` of layers, `[layers]` float32.
+        kurtoses: of each, `linalg.length_kurtosis`. The mean counts them by their traces.
+        directions: that all layers leave free, scalar.
+        numbers: of a batch; 0 if nothing is known of it.
+
+    Returns:
+        Scalar in [0, 1], float32.
+    """
+    kurtosis = tf.reduce_sum(tf.math.divide_no_nan(traces, tf.reduce_sum(traces)) * kurtoses)
+    share = tf.math.divide_no_nan(directions, tf.cast(numbers, tf.float32))
+    parts = [(kurtosis - EVEN) / (UNEVEN - EVEN), (share - ENOUGH) / (TOO_MANY - ENOUGH)]
+    return tf.clip_by_value(tf.maximum(*parts), 0.0, 1.0)
 
 
 def _eigenbasis(_: None, factor: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -151,7 +181,13 @@ def _eigenbasis(_: None, factor: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor
 
 
 def refreshed(
-    batch: BatchCurvature, factors: Pair, old: list[tf.Tensor], count: tf.Tensor, decay: float, turn: tf.Tensor
+    batch: BatchCurvature,
+    factors: Pair,
+    old: list[tf.Tensor],
+    count: tf.Tensor,
+    decay: float,
+    turn: tf.Tensor,
+    repeats: int = 1,
 ) -> list[tf.Tensor]:
     """The next values of `CorrectedEigenvalues` from one more batch.
 
@@ -162,8 +198,10 @@ def refreshed(
         count: refreshes before this one. 0: there is no diagonal yet.
         decay: ρ of the moving average.
         turn: whether to find the factors' eigenvectors anew; else those of last time stay.
+        repeats: gradients of each example.
     """
     known = count > 0
+    *old, kurtosis = old
     bases, diagonal = tuple(old[:2]), old[4]
 
     def turned():
@@ -179,4 +217,6 @@ def refreshed(
         now = diagonal_of_weight_gradients(batch.weight_gradients, *kept[:2])
     else:
         now = diagonal_of_samples(batch.activations, batch.gradients, *kept[:2])
-    return [*kept, diagonal + tf.cast(average_weight(count, decay), now.dtype) * (now - diagonal)]
+    weight = tf.cast(average_weight(count, decay), now.dtype)
+    kurtosis += weight * (length_kurtosis(batch.squared_lengths(), repeats) - kurtosis)
+    return [*kept, diagonal + weight * (now - diagonal), kurtosis]

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_kpsvd.curvature.conjugate import conjugate_direction
+from keras_kpsvd.curvature.corrected import FACTORED, factored_part
 from keras_kpsvd.curvature.damping import (
     LOWEST,
     LOWEST_CORRECTED,
@@ -40,6 +41,7 @@ from keras_kpsvd.curvature.step_control import (
     weight_sizes,
 )
 from keras_kpsvd.layers import RecordingLayer
+from keras_kpsvd.linalg import sum_in_order
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class NaturalGradient:
             add_variable(shape=shape, dtype="float32", name=f"model_{name}")
             for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
         ]
+        self._factored = add_variable(shape=(), dtype="float32", name="factored_part")
         self._usual = add_variable(shape=(), dtype="float32", name="usual_batch")
         self._place = {block: place for place, block in enumerate(blocks)}
         self._names = block_names(blocks)
@@ -135,6 +138,24 @@ class NaturalGradient:
             self._damping.value, initial, sizes, LOWEST_CORRECTED if self._corrects else LOWEST
         )
         return damping, {block.layer: one for block, one in zip(blocks, of_layers, strict=True)}, initial
+
+    def _part_of(self, factored: tf.Tensor) -> tf.Tensor | float:
+        """What is left of an adaptive λ where factors are damped that far; a given number stays what it is."""
+        return 1 - (1 - FACTORED) * factored if self._corrects and self._moves else 1.0
+
+    def _factored_part(
+        self, joint: JointPass | None, blocks: Sequence[LayerCurvature], dampings: Dampings
+    ) -> tf.Tensor:
+        """How far an inversion is to damp factors too; see `curvature.corrected`."""
+        if not self._corrects:
+            return tf.constant(1.0)
+        if joint is None:
+            return tf.convert_to_tensor(self._factored.value)
+        # Recorded is the last part of what is accumulated.
+        numbers = joint.numbers(self._usual.value) * (self.options.gradient_accumulation_steps or 1)
+        directions = sum_in_order([block.directions_left_free(dampings[block.layer]) for block in blocks])
+        traces = tf.stack([block.moments_and_size()[0][0] for block in blocks])
+        return factored_part(traces, tf.stack([block.kurtosis() for block in blocks]), directions, numbers)
 
     def propose(
         self,
@@ -165,8 +186,10 @@ class NaturalGradient:
         if self._corrects:  # Without a refresh nothing is new but λ.
             ready = self.updates.value >= self._next_refresh.value if joint is not None else False
         observed = self._refresh(joint, blocks, seed, places, observer)
-        damping, dampings, initial = self.dampings(blocks)
-        rebuilt = self._invert(joint, blocks, dampings, places, ready)
+        damping, whole, initial = self.dampings(blocks)
+        rebuilt, factored = self._invert(joint, blocks, whole, places, ready)
+        part = self._part_of(factored)
+        dampings = {layer: part * one for layer, one in whole.items()}
         if observed is not None:
             observed = observer.preconditioners_are_made(observed, self._names_of(blocks), rebuilt)
 
@@ -221,7 +244,7 @@ class NaturalGradient:
             if self._moves:
                 control += [(self._damping, values[1]), (self._initial, initial)]
         if observed is not None:
-            values = StepValues(self.updates.value, damping, rate, momentum, scale)
+            values = StepValues(self.updates.value, part * damping, rate, momentum, scale)
             observer.step_is_computed(observed, values)
         finite = [tf.math.is_finite(part) for part in tf.unstack(parts, len(blocks))]
         sound = tf.reduce_all(tf.math.is_finite(tf.stack([descent, rate, momentum])))
@@ -284,7 +307,8 @@ class NaturalGradient:
             with tf.control_dependencies([] if observed is None else [observed]):
                 calls = joint.calls(self.options.fisher, seed, rows, places)
             present = [block for block in blocks if block.layer in calls]
-            good = refresh_layers(present, calls, places, self.updates.value >= self._next_inverse.value)
+            turn = self.updates.value >= self._next_inverse.value
+            good = refresh_layers(present, calls, places, turn, drawn)
             self._next_refresh.assign(next_due(self.updates.value, self.options.curvature_interval))
             self.failures.of_refresh([self._place[block] for block in present], good)
             if observed is None:
@@ -304,20 +328,27 @@ class NaturalGradient:
         dampings: Dampings,
         places: dict[RecordingLayer, str | None],
         ready: tf.Tensor | bool,
-    ) -> tf.Tensor:
-        """Makes the preconditioners anew, where that is due and once there is curvature; whether it was."""
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Makes the preconditioners anew, where that is due and once there is curvature.
 
-        def invert() -> tf.Tensor:
-            numbers = None
-            if self._corrects and joint is not None:  # Recorded is the last part of what is accumulated.
-                numbers = joint.numbers(self._usual.value) * (self.options.gradient_accumulation_steps or 1)
-            good = invert_layers(blocks, dampings, places, numbers)
+        Returns:
+            Whether it was, and how far they damp factors too.
+        """
+
+        def invert() -> tuple[tf.Tensor, tf.Tensor]:
+            factored = self._factored_part(joint, blocks, dampings)
+            part = self._part_of(factored)
+            good = invert_layers(blocks, {layer: part * one for layer, one in dampings.items()}, places, factored)
+            self._factored.assign(factored)
             self._next_inverse.assign(next_due(self.updates.value, self.options.inverse_interval))
             self.failures.of_inversion([self._place[block] for block in blocks], good)
-            return tf.constant(True)
+            return tf.constant(True), factored
+
+        def keep() -> tuple[tf.Tensor, tf.Tensor]:
+            return tf.constant(False), tf.convert_to_tensor(self._factored.value)
 
         due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0) & ready
-        return tf.cond(due, invert, lambda: tf.constant(False))
+        return tf.cond(due, invert, keep)
 
     def taken(self, proposal: Proposal) -> None:
         """Keeps what the next step needs, once a step was taken."""

@@ -84,6 +84,16 @@ class BatchCurvature(NamedTuple):
         batch = tf.cast(tf.maximum(tf.shape(self.activations)[0], 1), self.activations.dtype)
         return self._replace(trace=tf.reduce_sum(tf.square(self.activations)) / batch)
 
+    def squared_lengths(self) -> tf.Tensor:
+        """`‖D_n‖²` of every row, `[batch]`, from samples or per-example gradients, whichever there are."""
+        if self.weight_gradients is not None:
+            return tf.reduce_sum(tf.square(self.weight_gradients), [0, 2])
+        if self.activations.shape[1] == 1:
+            a, g = (tf.reduce_sum(tf.square(values), [1, 2]) for values in (self.activations, self.gradients))
+            return a * g
+        grams = [tf.matmul(values, values, transpose_b=True) for values in (self.activations, self.gradients)]
+        return tf.reduce_sum(grams[0] * grams[1], [1, 2])
+
     def operator(self) -> RearrangedFisher:
         """The block's rearrangement."""
         if self.weight_gradients is not None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_kpsvd.curvature.approximations import KFAC_METHODS, TWO_TERM_METHODS, Pair, operator_terms
 from keras_kpsvd.curvature.averaging import average_terms, average_weight
-from keras_kpsvd.curvature.corrected import CorrectedEigenvalues, factored_part, refreshed
+from keras_kpsvd.curvature.corrected import CorrectedEigenvalues, refreshed
 from keras_kpsvd.curvature.inverses import RANK, KroneckerInverses
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.packing import flattened, packed, unpacked
@@ -74,12 +74,15 @@ class BlockCurvature:
         """The same, packed."""
         return tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self._packed)
 
-    def refresh(self, batch: BatchCurvature, turn: tf.Tensor | bool = True) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def refresh(
+        self, batch: BatchCurvature, turn: tf.Tensor | bool = True, repeats: int = 1
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The averaged factors with one more batch in them, and whether they are good.
 
         Args:
             batch: what it says of the block.
             turn: with corrected eigenvalues, whether to find eigenvectors anew, for a preconditioner that is due.
+            repeats: gradients of each example, all rows once before any twice.
 
         Returns:
             The next values of `refresh_targets`, the old ones where anything was not finite or triples that should be
@@ -92,7 +95,7 @@ class BlockCurvature:
             spectrum = (*self._made.values(), tf.convert_to_tensor(turn))
         arguments = (batch, old, moments, count, spectrum)
         try:
-            return traced_once(_refresh, self.options, *arguments, sizes_matter=batch.sums_over_positions)
+            return traced_once(_refresh, (self.options, repeats), *arguments, sizes_matter=batch.sums_over_positions)
         except tf.errors.OpError:  # Eagerly decompositions may raise.
             return [tf.convert_to_tensor(variable) for variable in self.refresh_targets], tf.constant(False)
 
@@ -109,6 +112,11 @@ class BlockCurvature:
     def inverses(self) -> tuple[Inverse, Inverse]:
         """`A_λ⁻¹` and `G_λ⁻¹` of the preconditioner, the identity before the first; not with corrected eigenvalues."""
         return self._made.inverses()
+
+    @property
+    def kurtosis(self) -> keras.Variable:
+        """With corrected eigenvalues, `linalg.length_kurtosis` of the samples, averaged; 0 before the first."""
+        return self._made.kurtosis
 
     def directions_left_free(self, damping: tf.Tensor) -> tf.Tensor:
         """With corrected eigenvalues, in how many directions `damping` damps little, float32 scalar."""
@@ -165,12 +173,20 @@ class LayerCurvature:
         both = tf.stack([trace, tf.reduce_sum(tf.math.divide_no_nan(traces, trace) * along)])
         return both, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
 
-    def refresh(self, calls: list[LayerCall], turn: tf.Tensor | bool = True) -> tuple[list[tf.Tensor], tf.Tensor]:
+    def kurtosis(self) -> tf.Tensor:
+        """`BlockCurvature.kurtosis` of the blocks, the mean by their traces, float32 scalar."""
+        kurtoses = tf.stack([tf.cast(tf.convert_to_tensor(block.kurtosis), tf.float32) for block in self.blocks])
+        traces = tf.stack([tf.cast(tf.convert_to_tensor(block.moments)[0], tf.float32) for block in self.blocks])
+        return tf.reduce_sum(tf.math.divide_no_nan(traces, tf.reduce_sum(traces)) * kurtoses)
+
+    def refresh(
+        self, calls: list[LayerCall], turn: tf.Tensor | bool = True, repeats: int = 1
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.refresh` of all blocks, good where all are."""
         method = self.options.method
         samples = method != "kfac" or self.options.eigenvalues == "corrected"
         batches = reduce_calls(self.layer, calls, base=method in KFAC_METHODS, svd=samples)
-        return _joined([block.refresh(batch, turn) for block, batch in zip(self.blocks, batches, strict=True)])
+        return _joined([block.refresh(batch, turn, repeats) for block, batch in zip(self.blocks, batches, strict=True)])
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -203,6 +219,7 @@ def refresh_layers(
     calls: dict[RecordingLayer, list[LayerCall]],
     devices: dict[RecordingLayer, str | None] | None = None,
     turn: tf.Tensor | bool = True,
+    repeats: int = 1,
 ) -> list[tf.Tensor]:
     """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good.
 
@@ -211,11 +228,12 @@ def refresh_layers(
         calls: of each.
         devices: where to compute each; None leaves it to TensorFlow.
         turn: of `BlockCurvature.refresh`.
+        repeats: likewise.
     """
     results = []
     for one in layers:
         with on((devices or {}).get(one.layer)):
-            results.append(one.refresh(calls[one.layer], turn))
+            results.append(one.refresh(calls[one.layer], turn, repeats))
     assign_last(
         [variable for one in layers for variable in one.refresh_targets],
         [value for values, _ in results for value in values],
@@ -227,7 +245,7 @@ def invert_layers(
     layers: list[LayerCurvature],
     dampings: dict[RecordingLayer, tf.Tensor],
     devices: dict[RecordingLayer, str | None] | None = None,
-    numbers: tf.Tensor | None = None,
+    factored: tf.Tensor | float = 1.0,
 ) -> list[tf.Tensor]:
     """Makes the preconditioners of every layer anew, likewise.
 
@@ -235,12 +253,9 @@ def invert_layers(
         layers: the layers.
         dampings: λ of each.
         devices: where to compute each; None leaves it to TensorFlow.
-        numbers: with corrected eigenvalues, how many a batch has to say; see `curvature.corrected`.
+        factored: of `BlockCurvature.invert`.
     """
     results = []
-    factored = tf.constant(1.0)
-    if numbers is not None:
-        factored = factored_part([one.directions_left_free(dampings[one.layer]) for one in layers], numbers)
     for one in layers:
         with on((devices or {}).get(one.layer)):
             results.append(one.invert(dampings[one.layer], factored))
@@ -256,13 +271,14 @@ def _joined(results: list[tuple[list[tf.Tensor], tf.Tensor]]) -> tuple[list[tf.T
 
 
 def _refresh(
-    options: CurvatureOptions,
+    options: tuple[CurvatureOptions, int],
     batch: BatchCurvature,
     old: tuple[Pair, ...],
     moments: tf.Tensor,
     count: tf.Tensor,
     spectrum: tuple | None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
+    options, repeats = options
     batch, finite = batch.finite_or_zero()
     triangles, old = old, unpacked(old)
     factorwise = options.method in KFAC_METHODS
@@ -277,9 +293,9 @@ def _refresh(
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
     new, before = [*packed(averaged), curvature_moments(*averaged[0])], [*flattened(triangles), moments]
     if spectrum is not None:
-        *kept, diagonal, turn = spectrum
-        kept = [*kept, tf.squeeze(diagonal, 1)]
-        now = refreshed(batch, averaged[0], kept, count, options.factor_decay, turn)
+        *kept, diagonal, kurtosis, turn = spectrum
+        kept = [*kept, tf.squeeze(diagonal, 1), kurtosis]
+        now = refreshed(batch, averaged[0], kept, count, options.factor_decay, turn, repeats)
         new, before = [*new, *now], [*before, *kept]
         sound &= is_orthonormal(now[0]) & is_orthonormal(now[1])
     good = finite & sound & all_finite(*new)

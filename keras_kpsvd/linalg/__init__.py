@@ -8,6 +8,7 @@ from .eigenbasis import (
     diagonal_of_weight_gradients,
     directions_left_free,
     factor_eigenbasis,
+    length_kurtosis,
     multiplicities,
     transported,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "joint_eigenbasis",
     "leading_eigenpairs",
     "leading_triples",
+    "length_kurtosis",
     "multiplicities",
     "one_term_and_correction",
     "pack",

@@ -59,6 +59,25 @@ def multiplicities(basis: tf.Tensor) -> tf.Tensor:
     return ones if is_complete(basis) else tf.concat([ones, left_over(basis)[tf.newaxis]], 0)
 
 
+def length_kurtosis(squares: tf.Tensor, repeats: int = 1) -> tf.Tensor:
+    """`E_n[‖D_n‖⁴] / E_n[‖D_n‖²]²`: 1 where a mean of `‖D_n‖²` rests on all of `N` examples alike, `N` where on one.
+
+    Its inverse is the part of the examples that it rests on (Kish's effective sample size, 1965, §11.7).
+
+    Args:
+        squares: `‖D_n‖²`, `[repeats · N]`.
+        repeats: how often there is one of every example, all once before any twice; they add up.
+
+    Returns:
+        Scalar; 1 where all squares are zero.
+    """
+    squares = tf.reduce_sum(tf.reshape(squares, [repeats, -1]), 0)
+    squares = divide_no_nan(squares, tf.reduce_max(squares))  # Their own squares leave float32's range.
+    count = tf.cast(tf.size(squares), squares.dtype)
+    kurtosis = divide_no_nan(count * tf.reduce_sum(tf.square(squares)), tf.square(tf.reduce_sum(squares)))
+    return tf.where(kurtosis > 0, kurtosis, tf.ones_like(kurtosis))
+
+
 def directions_left_free(diagonal: tf.Tensor, damping: tf.Tensor, a_basis: tf.Tensor, g_basis: tf.Tensor) -> tf.Tensor:
     """`tr F̂ (F̂ + λI)⁻¹`, the number of directions in which λ damps little (MacKay 1992's effective parameters)."""
     parts = divide_no_nan(diagonal, diagonal + damping)

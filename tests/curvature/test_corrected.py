@@ -59,7 +59,7 @@ def _invert(block, factored=0.0):
 
 def _state(block):
     """`U_A`, `U_G`, `e_A`, `e_G`, `S`."""
-    return [variable.numpy() for variable in block.refresh_targets[3:-1]]
+    return [variable.numpy() for variable in block.refresh_targets[3:-2]]
 
 
 def _map(block, shape):
@@ -228,28 +228,76 @@ def test_convolutions_have_the_diagonal_of_their_exact_weight_sharing(groups, si
         np.testing.assert_allclose(diagonal, expected, rtol=1e-7, atol=1e-9 * expected.max())
 
 
-@pytest.mark.parametrize(("directions", "part"), [(0.0, 0.0), (10.0, 0.0), (14.0, 0.25), (18.0, 0.5), (1e4, 1.0)])
-def test_the_factors_are_damped_where_more_is_free_than_a_batch_has_to_say(directions, part, monkeypatch):
-    monkeypatch.setattr(corrected, "ENOUGH", 5.0)
-    monkeypatch.setattr(corrected, "TOO_MANY", 13.0)
-    parts = [tf.constant(directions * share) for share in (0.25, 0.75)]
-    assert float(factored_part(parts, tf.constant(2.0))) == pytest.approx(part)
-    assert float(factored_part(parts, tf.constant(0))) == 0  # Nothing is known of such a batch.
+@pytest.mark.parametrize("shared", [1, 2, 20])
+def test_kurtoses_of_examples_are_averaged_likewise(shared):
+    block, kurtoses = _block(), []
+    for number in range(4):
+        activations, gradients = _samples(number, shared=shared)
+        rows = np.concatenate([np.arange(0, 12, 3), np.arange(1, 12, 3), np.arange(2, 12, 3)])  # Three of each example.
+        batch = BatchCurvature(tf.constant(activations[rows]), tf.constant(gradients[rows]))
+        values, good = block.refresh(batch, True, 3)
+        assert good
+        for variable, value in zip(block.refresh_targets, values, strict=True):
+            variable.assign(value)
+        kurtoses.append(reference.length_kurtosis(activations, gradients, 3))
+        weights = DECAY ** np.arange(number, -1, -1)
+        np.testing.assert_allclose(block.kurtosis, weights @ kurtoses / weights.sum(), rtol=1e-7)
+    assert max(kurtoses) > 1.1 * min(kurtoses)
 
 
-def test_layers_are_inverted_by_what_all_of_them_leave_free():
+def test_a_layers_kurtosis_is_that_of_its_blocks_by_their_traces():
+    layer = KPSVDConv2D(4, 2, groups=2, use_bias=False, dtype="float64")
+    layer.build((None, 5, 5, 4))
+    curvature = LayerCurvature(layer, CurvatureOptions("kfac", "sqrt", DECAY, "absolute", "corrected"), _add_variable)
+    assert float(curvature.kurtosis()) == 0  # Nothing is known yet.
+    expected = []
+    for seed, block in enumerate(curvature.blocks):
+        activations, gradients = _samples(seed, block.shape, shared=2)
+        _refresh(block, (activations, (1 + seed) * gradients))
+        a, g = reference.kfac_factors(activations, (1 + seed) * gradients)
+        expected.append((np.trace(a) * np.trace(g), reference.length_kurtosis(activations, gradients)))
+    traces, kurtoses = np.transpose(expected)
+    np.testing.assert_allclose(curvature.kurtosis(), traces @ kurtoses / traces.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("directions", "kurtoses", "part"),
+    [
+        (0.0, [1.0, 1.0], 0.0),
+        (10.0, [1.0, 1.0], 0.0),
+        (14.0, [1.0, 1.0], 0.25),
+        (18.0, [1.0, 1.0], 0.5),
+        (1e4, [1.0, 1.0], 1.0),
+        (0.0, [1.0, 3.0], 0.25),
+        (14.0, [1.0, 3.8], 0.55),
+        (18.0, [1.0, 3.0], 0.5),
+        (0.0, [1.0, 99.0], 1.0),
+    ],
+)
+def test_the_factors_are_damped_where_a_batch_says_little_by_the_larger_of_two_measures(
+    directions, kurtoses, part, monkeypatch
+):
+    for name, value in (("ENOUGH", 5.0), ("TOO_MANY", 13.0), ("EVEN", 2.0), ("UNEVEN", 4.0)):
+        monkeypatch.setattr(corrected, name, value)
+    found = factored_part(*map(tf.constant, ([0.5, 1.5], kurtoses, directions, 2.0)))
+    assert float(found) == pytest.approx(part, abs=1e-6)
+
+
+def test_of_a_batch_that_nothing_is_known_of_factors_are_not_damped():
+    nothing = tf.zeros([2])
+    assert float(factored_part(nothing, nothing, tf.constant(7.0), tf.constant(0))) == 0
+
+
+def test_layers_are_inverted_with_the_part_given():
     options = CurvatureOptions("kfac", "sqrt", DECAY, "absolute", "corrected")
-    curvatures, dampings, free = [], {}, 0.0
+    curvatures, dampings = [], {}
     for seed, damping in ((0, 0.01), (1, 0.03)):
         layer = KPSVDDense(SMALL[1], dtype="float64")
         layer.build((None, SMALL[0] - 1))
         curvatures.append(LayerCurvature(layer, options, _add_variable))
         _refresh(curvatures[-1].blocks[0], _samples(seed))
         dampings[layer] = tf.constant(damping)
-        diagonal = _state(curvatures[-1].blocks[0])[-1]
-        free += np.sum(diagonal / (diagonal + damping))
-    each = 0.3 * corrected.ENOUGH + 0.7 * corrected.TOO_MANY  # Directions for each number.
-    results = invert_layers(curvatures, dampings, numbers=tf.constant(free / each, tf.float32))
+    results = invert_layers(curvatures, dampings, factored=tf.constant(0.7))
     assert all(results)
     for one in curvatures:
         left_values, right_values, diagonal = _state(one.blocks[0])[2:]

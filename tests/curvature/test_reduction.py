@@ -76,12 +76,16 @@ def test_chunks_give_the_factors_and_the_operator_of_all_samples(
             _assert_multiplies_as(reduced.operator(), dense)
 
 
-@pytest.mark.parametrize(("shared", "d_in", "d_out"), [(9, 4, 3), (9, 3, 4), (5, 1, 4), (5, 4, 1), (2, 4, 3)])
+@pytest.mark.parametrize(
+    ("shared", "d_in", "d_out"), [(9, 4, 3), (9, 3, 4), (5, 1, 4), (5, 4, 1), (2, 4, 3), (1, 4, 3)]
+)
 def test_weight_gradients_take_the_place_of_the_samples_where_they_are_smaller(shared, d_in, d_out):
     rng = np.random.default_rng(0)
     a, g = rng.normal(size=(6, shared, d_in)), rng.normal(size=(6, shared, d_out))
     batch = BatchCurvature(tf.constant(a), tf.constant(g)).with_kfac(base=False).compressed()
     assert (batch.weight_gradients is not None) == (shared > min(d_in, d_out))
+    lengths = np.linalg.norm(np.einsum("nti,ntj->nij", a, g), axis=(1, 2))
+    np.testing.assert_allclose(batch.squared_lengths(), lengths**2, rtol=1e-9)
     operator = batch.operator()
     assert operator.positions == min(shared, d_in, d_out)
     np.testing.assert_allclose(batch.trace, np.sum(a**2) / 6)

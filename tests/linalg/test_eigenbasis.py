@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keras_kpsvd.linalg import (
     apply_diagonal,
@@ -11,6 +13,7 @@ from keras_kpsvd.linalg import (
     diagonal_of_weight_gradients,
     directions_left_free,
     factor_eigenbasis,
+    length_kurtosis,
     multiplicities,
     split_damping,
     transported,
@@ -125,6 +128,21 @@ def test_directions_left_free_are_the_trace_of_the_damped_block_times_the_block(
     expected = np.trace(np.linalg.solve(dense + 0.3 * np.eye(len(dense)), dense))
     found = directions_left_free(tf.constant(values), tf.constant(0.3, tf.float64), *map(tf.constant, bases))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@given(examples=st.integers(1, 40), repeats=st.integers(1, 3), exponent=st.floats(-18, 18), seed=st.integers(0, 2**16))
+def test_the_kurtosis_of_lengths_is_that_of_their_moments_at_any_scale(examples, repeats, exponent, seed):
+    """Their squares would leave float32's range."""
+    squares = (10**exponent * np.random.default_rng(seed).exponential(size=(repeats, examples)) ** 3).astype("float32")
+    together = squares.astype(np.float64).sum(0)
+    expected = np.mean(together**2) / np.mean(together) ** 2
+    found = length_kurtosis(tf.constant(squares.reshape(-1)), repeats)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("squares", "expected"), [([2.0] * 7, 1), ([0.0] * 6 + [3.0], 7), ([0.0] * 7, 1), ([], 1)])
+def test_kurtoses_go_from_one_to_the_number_of_examples(squares, expected):
+    assert float(length_kurtosis(tf.constant(squares))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rule", ["sqrt", "factor"])
