@@ -15,7 +15,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # Adam's
 UNITS = ("epochs", "seconds", "epoch_seconds", "late_epoch_seconds")
 _CONDITIONS = ("device", "jobs", "threads")
 _HELD_OUT = {"held_out_loss": "held_out_losses", "held_out_accuracy": "held_out_accuracies"}
-_EQUAL_TIME = [f"{whose}{name}_equal_time" for whose in ("", "adams_") for name in _HELD_OUT]
+_EQUAL_TIME = ["equal_time", *(f"{whose}{name}_equal_time" for whose in ("", "adams_") for name in _HELD_OUT)]
 _RANGES = ("epochs", "epochs_ratio", "seconds_ratio", *_EQUAL_TIME)
 
 
@@ -145,6 +145,7 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         "held_out_loss_at_goal": after the first epoch at or below Adam's lowest loss, or None.
         "held_out_loss_equal_time", "held_out_accuracy_equal_time": of this run and, as "adams_held_out_…", of Adam's,
             each after the last epoch that was over when the shorter of both runs was; None before the first.
+        "equal_time": the seconds of the shorter run.
         "ends_above": the last training loss is above Adam's last, or not finite.
     """
     goal = best_loss(adam["losses"])
@@ -164,6 +165,7 @@ def race(own: Row, adam: Row) -> dict[str, Any]:
         "epoch_seconds_ratio": slow / fast if slow and fast else None,
         "late_epoch_seconds_ratio": late / fast if late and fast else None,
         "held_out_loss_at_goal": own["held_out_losses"][epochs - 1] if epochs else None,
+        "equal_time": end,
         **_held_out("", own, end),
         **_held_out("adams_", adam, end),
         "ends_above": last is None or (adams_last is not None and last > adams_last),

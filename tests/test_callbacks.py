@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_kpsvd import KPSVD, KPSVDDense, fisher_errors
 from keras_kpsvd.callbacks import Budget, CurvatureMonitor
+from keras_kpsvd.curvature.corrected import EVEN, UNEVEN
 from keras_kpsvd.curvature.samples import block_samples
 from tests import reference
 from tests.monitored import OFTEN, convolutional, data, dense, fit
@@ -45,6 +46,10 @@ def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, 
     monitor = CurvatureMonitor(rows=1000)
     model.fit(x, y, batch_size=24, epochs=1, shuffle=False, verbose=0, callbacks=[monitor])
     assert [record["layer"] for record in monitor.records] == list(samples)
+    pairs = [reference.kfac_factors(*sample) for sample in samples.values()]
+    traces = [np.trace(a) * np.trace(g) for a, g in pairs]
+    kurtosis = np.average([reference.length_kurtosis(*sample) for sample in samples.values()], weights=traces)
+    factored = np.clip((kurtosis - EVEN) / (UNEVEN - EVEN), 0, 1)  # Few directions are left free.
     for record in monitor.records:
         a, g = samples[record["layer"]]
         fisher = reference.fisher(a, g)
@@ -57,8 +62,10 @@ def test_the_first_refresh_has_the_numbers_of_the_dense_matrices(build, method, 
         pair = reference.kfac_factors(a, g)
         values = np.linalg.eigvalsh(reference.damped_sum([pair], 0.125))
         if eigenvalues == "corrected":
-            bases = [np.linalg.eigh(factor)[1] for factor in pair]
-            values = np.sort(reference.diagonal_in_bases(fisher, *bases), axis=None) + 0.125
+            (a_values, a_basis), (g_values, g_basis) = (np.linalg.eigh(factor) for factor in pair)
+            diagonal, means = reference.diagonal_in_bases(fisher, a_basis, g_basis), (a_values.mean(), g_values.mean())
+            damped = reference.corrected_diagonal(diagonal, a_values, g_values, *means, 0.125, factored)
+            values = np.sort(damped, axis=None)
         np.testing.assert_allclose([record["eigenvalue_max"], record["eigenvalue_min"]], values[[-1, 0]], rtol=1e-3)
         assert (record["update"], record["damping"]) == (0, 0.125)
         assert record["refresh_seconds"] > 0

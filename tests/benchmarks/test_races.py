@@ -34,6 +34,7 @@ def test_race_compares_what_both_had_when_the_shorter_run_ended():
 
     def held_out(own, adam):
         result = race(own, adam)
+        assert result["equal_time"] == min(sum(own["seconds"]), sum(adam["seconds"]))
         return [
             result[f"{whose}held_out_{what}_equal_time"] for whose in ("", "adams_") for what in ("loss", "accuracy")
         ]
