@@ -82,8 +82,8 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             second term of the two-term methods is the best one with symmetric factors.
         eigenvalues: by what the preconditioner divides in the eigenbasis of a one-term method's factors: "kronecker",
             the products of their own eigenvalues, or "corrected", the diagonal that the Fisher block itself has there
-            (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch says little: where it has fewer
-            targets than λ leaves directions free, or few of its examples make up the Fisher (`curvature.corrected`).
+            (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch says little: where λ leaves
+            five directions or more free for each target, or few examples make up the Fisher (`curvature.corrected`).
             Needs a sixth to a third fewer epochs on the auto-encoders, at the same cost. None: "corrected" with the
             adaptive rate and a one-term method.
         momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.

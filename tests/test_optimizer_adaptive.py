@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_kpsvd import KPSVD
+from keras_kpsvd.callbacks import CurvatureMonitor
 from keras_kpsvd.curvature import corrected, step_control
 from tests import reference
 from tests.contract.oracle import DAMPING, EVERY_STEP, PLAIN, assert_steps
@@ -98,6 +99,35 @@ def test_corrected_eigenvalues_age_with_the_factors_and_their_bases_with_the_inv
         model.train_on_batch(x, y)
         assert_steps(matrices(model), weights, start, 1e-4)
         weights = matrices(model)  # Rounding would add up over the steps.
+
+
+def test_examples_without_weight_do_not_make_the_others_uneven():
+    kurtoses = []
+    x, y = problem(rows=12)
+    for padding in (0, 12):
+        model = compiled(tanh_network(), KPSVD(fisher="empirical"), run_eagerly=True)
+        rows = np.concatenate([np.arange(12), np.arange(padding)])
+        model.train_on_batch(x[rows], y[rows], sample_weight=np.repeat([1.0, 0.0], [12, padding]))
+        kurtoses.append([v.numpy() for v in model.optimizer.variables if v.name.endswith("kurtosis")])
+    assert min(kurtoses[0]) > 1
+    np.testing.assert_allclose(kurtoses[1], kurtoses[0], rtol=1e-5)
+
+
+def test_between_inversions_lambda_is_what_the_last_one_left_of_it(monkeypatch):
+    """A monitor tells it: half of K-FAC's damping takes 45 % of it, also in steps that only refresh."""
+    monkeypatch.setattr(
+        "keras_kpsvd.curvature.natural_gradient.factored_part", lambda *known: tf.constant(0.5, tf.float32)
+    )
+    model = compiled(tanh_network(), KPSVD(curvature_interval=1, inverse_interval=100, seed=0))
+    model.optimizer.build(model.trainable_variables)
+    (damping,) = (v for v in model.optimizer.variables if v.name == "damping")
+    told = []
+    for _ in range(3):
+        damping.assign(2.0)  # Above the floor.
+        monitor = CurvatureMonitor(budget=None)
+        model.fit(*problem(rows=12), batch_size=12, verbose=0, callbacks=[monitor])
+        told += [record["damping"] for record in monitor.records[:1]]
+    assert told == pytest.approx([1.1, 1.1, 1.1])
 
 
 @pytest.mark.parametrize("options", [PLAIN, {}])

@@ -8,15 +8,16 @@ So a step knows the latest batch exactly, and older ones as far as the bases hav
 damping. How little it says is measured in two ways.
 
 A step fits the noise of its own batch in every direction that is left free. How many these are is known, `Σ_l tr F̂_l
-(F̂_l + λ_l)⁻¹`, and so is how many numbers a batch has to say: as many as it has targets (labels, or pixels). The
-paper's auto-encoders leave 1 to 4 directions to each pixel; 30 layers, a heavy-tailed regression and a classifier of 8
-units at batches of 64 leave 10 to 60 to each label.
+(F̂_l + λ_l)⁻¹` with the whole λ, and so is how many numbers a batch has to say: as many as it has targets (labels, or
+pixels). The paper's auto-encoders leave 1 to 4 directions to each pixel; 30 layers, a heavy-tailed regression and a
+classifier of 8 units at batches of 64 leave 10 to 60 to each label.
 
 And `S` is a mean of squares, which may rest on a few of the examples: of a classifier on those that are not certain
-yet, and on others in the next batch. How few is known, `κ = E_n[‖D_n‖⁴] / E_n[‖D_n‖²]²` (`linalg.length_kurtosis`): 1
-where all say as much, 3 where each says the square of one normal draw. Auto-encoders, whose examples have hundreds of
-targets each, have 1 to 1.25; a regression with one target has 3.5, classifiers have 3 to 100 once they have learnt
-something, at all batch sizes.
+yet, and on others in the next batch. How few is known, `κ = E_n[‖D_n‖⁴] / E_n[‖D_n‖²]²` (`linalg.length_kurtosis`) of
+those that weigh something: 1 where all say as much, and with targets drawn 3 where each says the square of one normal
+draw. Auto-encoders, whose examples have hundreds of targets each, have 1 to 1.25; a regression with one target has 3.5,
+classifiers have 3 to 100 once they have learnt something, at batches of 64 as at 1,024. (`N` rows have at most `N`; the
+exact Fisher, which draws nothing, knows only how uneven the examples are: its κ is less.)
 
 Up to `ENOUGH` directions and a kurtosis of `EVEN` λ alone damps, from `TOO_MANY` or `UNEVEN` on the factors are damped
 as K-FAC damps them, which holds back all directions in which either factor is small, and in between that part of the
@@ -188,6 +189,7 @@ def refreshed(
     decay: float,
     turn: tf.Tensor,
     repeats: int = 1,
+    weighing: tf.Tensor | float = 1.0,
 ) -> list[tf.Tensor]:
     """The next values of `CorrectedEigenvalues` from one more batch.
 
@@ -199,6 +201,7 @@ def refreshed(
         decay: ρ of the moving average.
         turn: whether to find the factors' eigenvectors anew; else those of last time stay.
         repeats: gradients of each example.
+        weighing: the part of the examples that weigh something.
     """
     known = count > 0
     *old, kurtosis = old
@@ -218,5 +221,7 @@ def refreshed(
     else:
         now = diagonal_of_samples(batch.activations, batch.gradients, *kept[:2])
     weight = tf.cast(average_weight(count, decay), now.dtype)
-    kurtosis += weight * (length_kurtosis(batch.squared_lengths(), repeats) - kurtosis)
+    found = weighing * length_kurtosis(batch.squared_lengths(), repeats)  # A mean over those that weigh something.
+    # Nothing says nothing: then the kurtosis stays.
+    kurtosis += tf.where(tf.equal(found, 0), tf.zeros_like(found), weight * (found - kurtosis))
     return [*kept, diagonal + weight * (now - diagonal), kurtosis]

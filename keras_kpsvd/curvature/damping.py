@@ -4,7 +4,7 @@ A λ that fits one loss, one scale of inputs or one depth means nothing for anot
 per-example gradients see along themselves, `q = Σ_l tr F̂_l² / Σ_l tr F̂_l` of the layers' Kronecker models, and by what
 that was at the first refresh, `q₀`:
 
-    λ ≥ 0.002 √(q₀ q)    (0.0006 √(q₀ q) with corrected eigenvalues, see also `curvature.corrected`),
+    λ ≥ 0.002 √(q₀ q)    (0.0006 √(q₀ q) with corrected eigenvalues; a tenth may be left, see `curvature.corrected`),
 
 where it starts, so that training is the same for a loss multiplied by any number. In training `q` grows, up to a
 million times in deep networks: bounds in units of `q` alone ended up too high there, in units of `q₀` too low for

@@ -116,7 +116,8 @@ class NaturalGradient:
             add_variable(shape=shape, dtype="float32", name=f"model_{name}")
             for name, shape in zip(KEPT_SHAPES._fields, KEPT_SHAPES, strict=True)
         ]
-        self._factored = add_variable(shape=(), dtype="float32", name="factored_part")
+        if self._corrects:
+            self._factored = add_variable(shape=(), dtype="float32", name="factored_part")
         self._usual = add_variable(shape=(), dtype="float32", name="usual_batch")
         self._place = {block: place for place, block in enumerate(blocks)}
         self._names = block_names(blocks)
@@ -143,17 +144,17 @@ class NaturalGradient:
         """What is left of an adaptive λ where factors are damped that far; a given number stays what it is."""
         return 1 - (1 - FACTORED) * factored if self._corrects and self._moves else 1.0
 
-    def _factored_part(
-        self, joint: JointPass | None, blocks: Sequence[LayerCurvature], dampings: Dampings
-    ) -> tf.Tensor:
+    def _last_factored_part(self) -> tf.Tensor:
+        """How far the last inversion damped factors too."""
+        return tf.convert_to_tensor(self._factored.value) if self._corrects else tf.constant(1.0)
+
+    def _factored_part(self, joint: JointPass | None, blocks: Sequence[LayerCurvature], whole: Dampings) -> tf.Tensor:
         """How far an inversion is to damp factors too; see `curvature.corrected`."""
-        if not self._corrects:
-            return tf.constant(1.0)
-        if joint is None:
-            return tf.convert_to_tensor(self._factored.value)
+        if not self._corrects or joint is None:
+            return self._last_factored_part()
         # Recorded is the last part of what is accumulated.
         numbers = joint.numbers(self._usual.value) * (self.options.gradient_accumulation_steps or 1)
-        directions = sum_in_order([block.directions_left_free(dampings[block.layer]) for block in blocks])
+        directions = sum_in_order([block.directions_left_free(whole[block.layer]) for block in blocks])
         traces = tf.stack([block.moments_and_size()[0][0] for block in blocks])
         return factored_part(traces, tf.stack([block.kurtosis() for block in blocks]), directions, numbers)
 
@@ -308,7 +309,8 @@ class NaturalGradient:
                 calls = joint.calls(self.options.fisher, seed, rows, places)
             present = [block for block in blocks if block.layer in calls]
             turn = self.updates.value >= self._next_inverse.value
-            good = refresh_layers(present, calls, places, turn, drawn)
+            weighing = joint.weighing_part() if self._corrects else 1.0
+            good = refresh_layers(present, calls, places, turn, drawn, weighing)
             self._next_refresh.assign(next_due(self.updates.value, self.options.curvature_interval))
             self.failures.of_refresh([self._place[block] for block in present], good)
             if observed is None:
@@ -325,7 +327,7 @@ class NaturalGradient:
         self,
         joint: JointPass | None,
         blocks: list[LayerCurvature],
-        dampings: Dampings,
+        whole: Dampings,
         places: dict[RecordingLayer, str | None],
         ready: tf.Tensor | bool,
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -336,16 +338,19 @@ class NaturalGradient:
         """
 
         def invert() -> tuple[tf.Tensor, tf.Tensor]:
-            factored = self._factored_part(joint, blocks, dampings)
+            factored = self._factored_part(joint, blocks, whole)
             part = self._part_of(factored)
-            good = invert_layers(blocks, {layer: part * one for layer, one in dampings.items()}, places, factored)
-            self._factored.assign(factored)
+            good = invert_layers(blocks, {layer: part * one for layer, one in whole.items()}, places, factored)
+            if self._corrects:
+                self._factored.assign(factored)
             self._next_inverse.assign(next_due(self.updates.value, self.options.inverse_interval))
             self.failures.of_inversion([self._place[block] for block in blocks], good)
             return tf.constant(True), factored
 
         def keep() -> tuple[tf.Tensor, tf.Tensor]:
-            return tf.constant(False), tf.convert_to_tensor(self._factored.value)
+            return tf.constant(False), tf.convert_to_tensor(self._factored.value) if self._corrects else tf.constant(
+                1.0
+            )
 
         due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0) & ready
         return tf.cond(due, invert, keep)

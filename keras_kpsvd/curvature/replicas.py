@@ -88,6 +88,16 @@ class JointPass:
         found = sum_in_order([likelihoods.targets(head) for head in self.heads()])
         return found * tf.maximum(tf.math.divide_no_nan(usual, tf.cast(self.rows, tf.float32)), 1.0)
 
+    def weighing_part(self) -> tf.Tensor:
+        """The part of the rows that weigh something in any head, float32 scalar: padding does not."""
+        weighing = tf.zeros([1], tf.bool)
+        for head in self.heads():
+            weights = tf.convert_to_tensor(head.weight, tf.float32)
+            weights = weights if weights.shape.rank else weights[tf.newaxis]
+            weighing |= tf.reduce_any(weights > 0, [*range(1, weights.shape.rank)])
+        rows = tf.cast(tf.size(weighing), tf.float32)
+        return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(weighing, tf.float32)), rows)
+
     def _at(self, index: int, function: Callable, *arguments):
         """What `function` returns, computed on the device of a pass."""
         with on(self.devices[index]):

@@ -75,7 +75,11 @@ class BlockCurvature:
         return tuple((tf.convert_to_tensor(a), tf.convert_to_tensor(g)) for a, g in self._packed)
 
     def refresh(
-        self, batch: BatchCurvature, turn: tf.Tensor | bool = True, repeats: int = 1
+        self,
+        batch: BatchCurvature,
+        turn: tf.Tensor | bool = True,
+        repeats: int = 1,
+        weighing: tf.Tensor | float = 1.0,
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The averaged factors with one more batch in them, and whether they are good.
 
@@ -83,6 +87,7 @@ class BlockCurvature:
             batch: what it says of the block.
             turn: with corrected eigenvalues, whether to find eigenvectors anew, for a preconditioner that is due.
             repeats: gradients of each example, all rows once before any twice.
+            weighing: the part of the examples that weigh something.
 
         Returns:
             The next values of `refresh_targets`, the old ones where anything was not finite or triples that should be
@@ -92,7 +97,7 @@ class BlockCurvature:
         moments = tf.convert_to_tensor(self.moments)
         spectrum = None
         if self.corrects:
-            spectrum = (*self._made.values(), tf.convert_to_tensor(turn))
+            spectrum = (*self._made.values(), tf.convert_to_tensor(turn), tf.cast(weighing, self.moments.dtype))
         arguments = (batch, old, moments, count, spectrum)
         try:
             return traced_once(_refresh, (self.options, repeats), *arguments, sizes_matter=batch.sums_over_positions)
@@ -180,13 +185,19 @@ class LayerCurvature:
         return tf.reduce_sum(tf.math.divide_no_nan(traces, tf.reduce_sum(traces)) * kurtoses)
 
     def refresh(
-        self, calls: list[LayerCall], turn: tf.Tensor | bool = True, repeats: int = 1
+        self,
+        calls: list[LayerCall],
+        turn: tf.Tensor | bool = True,
+        repeats: int = 1,
+        weighing: tf.Tensor | float = 1.0,
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """`BlockCurvature.refresh` of all blocks, good where all are."""
         method = self.options.method
         samples = method != "kfac" or self.options.eigenvalues == "corrected"
         batches = reduce_calls(self.layer, calls, base=method in KFAC_METHODS, svd=samples)
-        return _joined([block.refresh(batch, turn, repeats) for block, batch in zip(self.blocks, batches, strict=True)])
+        return _joined(
+            [block.refresh(batch, turn, repeats, weighing) for block, batch in zip(self.blocks, batches, strict=True)]
+        )
 
     @property
     def refresh_targets(self) -> list[keras.Variable]:
@@ -220,6 +231,7 @@ def refresh_layers(
     devices: dict[RecordingLayer, str | None] | None = None,
     turn: tf.Tensor | bool = True,
     repeats: int = 1,
+    weighing: tf.Tensor | float = 1.0,
 ) -> list[tf.Tensor]:
     """Folds a batch into the averages of every layer, assigned once all are computed; whether each was good.
 
@@ -229,11 +241,12 @@ def refresh_layers(
         devices: where to compute each; None leaves it to TensorFlow.
         turn: of `BlockCurvature.refresh`.
         repeats: likewise.
+        weighing: likewise.
     """
     results = []
     for one in layers:
         with on((devices or {}).get(one.layer)):
-            results.append(one.refresh(calls[one.layer], turn, repeats))
+            results.append(one.refresh(calls[one.layer], turn, repeats, weighing))
     assign_last(
         [variable for one in layers for variable in one.refresh_targets],
         [value for values, _ in results for value in values],
@@ -293,9 +306,9 @@ def _refresh(
     averaged = average_terms(old, new, weight, factorwise=factorwise, trace=trace)
     new, before = [*packed(averaged), curvature_moments(*averaged[0])], [*flattened(triangles), moments]
     if spectrum is not None:
-        *kept, diagonal, kurtosis, turn = spectrum
+        *kept, diagonal, kurtosis, turn, weighing = spectrum
         kept = [*kept, tf.squeeze(diagonal, 1), kurtosis]
-        now = refreshed(batch, averaged[0], kept, count, options.factor_decay, turn, repeats)
+        now = refreshed(batch, averaged[0], kept, count, options.factor_decay, turn, repeats, weighing)
         new, before = [*new, *now], [*before, *kept]
         sound &= is_orthonormal(now[0]) & is_orthonormal(now[1])
     good = finite & sound & all_finite(*new)

@@ -69,13 +69,12 @@ def length_kurtosis(squares: tf.Tensor, repeats: int = 1) -> tf.Tensor:
         repeats: how often there is one of every example, all once before any twice; they add up.
 
     Returns:
-        Scalar; 1 where all squares are zero.
+        Scalar; 0 where all squares are zero.
     """
     squares = tf.reduce_sum(tf.reshape(squares, [repeats, -1]), 0)
     squares = divide_no_nan(squares, tf.reduce_max(squares))  # Their own squares leave float32's range.
     count = tf.cast(tf.size(squares), squares.dtype)
-    kurtosis = divide_no_nan(count * tf.reduce_sum(tf.square(squares)), tf.square(tf.reduce_sum(squares)))
-    return tf.where(kurtosis > 0, kurtosis, tf.ones_like(kurtosis))
+    return divide_no_nan(count * tf.reduce_sum(tf.square(squares)), tf.square(tf.reduce_sum(squares)))
 
 
 def directions_left_free(diagonal: tf.Tensor, damping: tf.Tensor, a_basis: tf.Tensor, g_basis: tf.Tensor) -> tf.Tensor:
