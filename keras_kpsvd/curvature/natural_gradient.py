@@ -348,9 +348,7 @@ class NaturalGradient:
             return tf.constant(True), factored
 
         def keep() -> tuple[tf.Tensor, tf.Tensor]:
-            return tf.constant(False), tf.convert_to_tensor(self._factored.value) if self._corrects else tf.constant(
-                1.0
-            )
+            return tf.constant(False), self._last_factored_part()
 
         due = (self.updates.value >= self._next_inverse.value) & (self._next_refresh.value > 0) & ready
         return tf.cond(due, invert, keep)
