@@ -42,10 +42,11 @@ class CurvatureMonitor(keras.callbacks.Callback):
     - `eigenvalue_max`, `eigenvalue_min`: of the damped `A_λ ⊗ G_λ` that the preconditioner in force inverts, or of the
       damped diagonal where eigenvalues are corrected (`error_1` is of `A ⊗ G` then too); of a two-term method, its
       first term. 1 before there is a preconditioner.
-    - of the step, the same for all layers: `update` (the number of updates before it), `damping` (λ), `rate` and
-      `momentum` as used, `kl_scale`: the factor by which `kl_clip` shortened a given rate; with the adaptive rate the
-      trusted part of the step (`curvature.step_control`); and `refresh_seconds`: wall time of drawing the samples, of
-      the refresh and, where one was due, of the inversion.
+    - of the step, the same for all layers: `update` (the number of updates before it), `damping` (λ, less what is taken
+      off where factors are damped too; the optimizer's variable of that name is without that), `rate` and `momentum` as
+      used, `kl_scale`: the factor by which `kl_clip` shortened a given rate; with the adaptive rate the trusted part of
+      the step (`curvature.step_control`); and `refresh_seconds`: wall time of drawing the samples, of the refresh and,
+      where one was due, of the inversion.
 
     Where they go: into `records`; into a CSV file; into TensorBoard; and at the end of each epoch, those of the last
     observed refresh, into `logs` as `layer/quantity`, so that `History`, progress bars and other callbacks after this

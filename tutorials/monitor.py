@@ -141,8 +141,9 @@ plt.show()
 #
 # The gradient is divided by the eigenvalues of the damped approximation. Their range says how differently directions
 # are treated: where both ends meet the damping, natural gradient is plain gradient descent. λ falls while the quadratic
-# model is right. The trusted part of a step is below 1 where the step was cut because the outputs would have moved far.
-# The rate is what the fit makes of the direction: 1 where the approximation is right along it, less where it is small.
+# model is right, and where few examples make up the Fisher matrix: there its factors are damped too. The trusted part
+# of a step is below 1 where the step was cut because the outputs would have moved far. The rate is what the fit makes
+# of the direction: 1 where the approximation is right along it, less where it is small.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
