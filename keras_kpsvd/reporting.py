@@ -36,6 +36,16 @@ def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> N
     warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
+def tell_of_nothing_recorded() -> None:
+    """Says, as a UserWarning, that a step had a gradient and no forward pass to take its curvature from."""
+    message = (
+        "KPSVD saw no forward pass before this step and took it without new curvature: as a plain gradient step, where "
+        "none was seen before. Call the model with `training=True`, under a `tf.GradientTape`, once before each "
+        "`apply` and in the same function."
+    )
+    warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
+
+
 def tell_of_unused_rate() -> None:
     """Says, as a UserWarning, that a rate was set which no variable trains at."""
     message = (

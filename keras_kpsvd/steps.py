@@ -16,6 +16,7 @@ from keras_kpsvd.curvature.state import LayerCurvature
 from keras_kpsvd.curvature.step_control import Direction, StepCoefficients
 from keras_kpsvd.interrupts import uninterrupted
 from keras_kpsvd.layers import ForwardPass, Recorder, RecordingLayer, check_kernels_are_not_shared
+from keras_kpsvd.reporting import tell_of_nothing_recorded
 from keras_kpsvd.tracing import ThrownAwayTrace
 
 
@@ -36,6 +37,7 @@ class WholeSteps:
     # Of the step that is being taken: what was fitted, and the keys of the variables that it is for.
     _coefficients: StepCoefficients | None = None
     _fitted: frozenset = frozenset()
+    _told_of_nothing_recorded = False
 
     def _skipped(self) -> tf.Tensor:
         return self._natural.failures.skipping()
@@ -74,6 +76,8 @@ class WholeSteps:
         learning_rate = strategy.experimental_local_results(learning_rate)[0]
         passes = strategy.experimental_local_results(forward_pass)
         joint = self._join(strategy, passes, int(strategy.experimental_local_results(number)[0]))
+        if joint is None and self._blocks:
+            self._tell_of_nothing_recorded()
         finite = [_is_finite(gradient) for gradient in gradients]
         failures = self._natural.failures
 
@@ -109,6 +113,13 @@ class WholeSteps:
 
         with uninterrupted():  # Of several replicas this is the main thread, and `apply` is not.
             tf.cond(tf.reduce_all(tf.stack(finite)), attempt, skip)
+
+    def _tell_of_nothing_recorded(self) -> None:
+        """Warns once, but not of the step that makes the state: no layer reported to anybody before."""
+        making = self._first_trace.is_being_made() or (tf.executing_eagerly() and int(self._iterations) == 0)
+        if not making and not self._told_of_nothing_recorded:
+            self._told_of_nothing_recorded = True
+            tell_of_nothing_recorded()
 
     def _join(
         self, strategy: tf.distribute.Strategy, passes: Sequence[ForwardPass | None], first: int

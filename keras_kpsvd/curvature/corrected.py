@@ -45,6 +45,7 @@ from keras_kpsvd.linalg import (
     directions_left_free,
     factor_eigenbasis,
     length_kurtosis,
+    mean_by,
     multiplicities,
     split_damping,
     transported,
@@ -171,9 +172,8 @@ def factored_part(traces: tf.Tensor, kurtoses: tf.Tensor, directions: tf.Tensor,
     Returns:
         Scalar in [0, 1], float32.
     """
-    kurtosis = tf.reduce_sum(tf.math.divide_no_nan(traces, tf.reduce_sum(traces)) * kurtoses)
     share = tf.math.divide_no_nan(directions, tf.cast(numbers, tf.float32))
-    parts = [(kurtosis - EVEN) / (UNEVEN - EVEN), (share - ENOUGH) / (TOO_MANY - ENOUGH)]
+    parts = [(mean_by(traces, kurtoses) - EVEN) / (UNEVEN - EVEN), (share - ENOUGH) / (TOO_MANY - ENOUGH)]
     return tf.clip_by_value(tf.maximum(*parts), 0.0, 1.0)
 
 

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_kpsvd.layers import RecordingLayer
+from keras_kpsvd.linalg import mean_by
 
 # λ of each layer, float32 scalars.
 Dampings = dict[RecordingLayer, tf.Tensor]
@@ -70,7 +71,7 @@ def bounded_damping(
     traces, along = tf.unstack(tf.stack(moments), axis=1)
     sizes = tf.constant(sizes, tf.float32)
     total = tf.reduce_sum(traces)
-    whole = tf.reduce_sum(tf.math.divide_no_nan(traces, total) * along)
+    whole = mean_by(traces, along)
     initial = tf.where(initial > 0, initial, whole)
     parts = tf.math.divide_no_nan(traces, total) * (REACH * tf.reduce_sum(sizes) / sizes)
     parts = tf.where(total > 0, tf.clip_by_value(parts, LEAST_PART, 1.0), tf.ones_like(parts))
@@ -130,15 +131,17 @@ def control_after(
 
     Args:
         last: `[2]`, of the last step: the slope expected at its end, and the fall expected on the way (negative).
+            Zeros: there was none, or it was fitted to no model.
         damping: λ.
         averages: as `follow_damping`.
         slope_after: the slope found along the last step, `∇ᵀδ₀`.
-        slope: of the new step at its start, `∇ᵀδ`.
+        slope: of the new step at its start, `∇ᵀδ`; 0 where it is fitted to no model.
         trusted: its `s`.
 
     Returns:
         The next `(last, λ, averages)`.
     """
     expected, fall = tf.unstack(last)
-    damping, averages = follow_damping(damping, averages, fall, slope_after - expected)
+    found = tf.where(tf.equal(fall, 0), tf.zeros_like(fall), slope_after - expected)
+    damping, averages = follow_damping(damping, averages, fall, found)
     return tf.stack([(1 - trusted) * slope, trusted * slope]), damping, averages

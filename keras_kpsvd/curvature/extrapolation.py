@@ -92,7 +92,8 @@ def needs_exact_fit(
 
     Args:
         kept: of the last step.
-        last: of the last step, `[2]`: the slope expected at its end, and the fall expected on the way (negative).
+        last: of the last step, `[2]`: the slope expected at its end, and the fall expected on the way (negative). Zeros
+            where it was fitted to no model, so that `kept` is not of it.
         descent: `∇ᵀΔ`.
         slope_after: the slope found along the last step, `∇ᵀδ₀`.
         updates: made so far.
@@ -104,7 +105,7 @@ def needs_exact_fit(
     overshot = slope_after - expected > OVERSHOOT * tf.abs(fall)
     grown = descent > GROWTH * kept.descent
     scheduled = (updates < EXACT_UPDATES) | (updates >= next_fit) | (examples < FEWEST_EXAMPLES)
-    return scheduled | rebuilt | overshot | grown | (expected < 0)
+    return scheduled | rebuilt | overshot | grown | (expected < 0) | (fall >= 0)
 
 
 def next_step(

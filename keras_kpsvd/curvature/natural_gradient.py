@@ -240,6 +240,8 @@ class NaturalGradient:
                 directions = scaled(directions, scale)
         if self.follows:
             slope = momentum * overlap - rate * descent
+            if options.adaptive and joint is None:  # No model was fitted: the next gradient says nothing of one.
+                slope = tf.zeros([])
             values = control_after(self._slope.value, damping, self._slope_averages.value, overlap, slope, trusted)
             control += [(self._slope, values[0]), (self._slope_averages, values[2])]
             if self._moves:

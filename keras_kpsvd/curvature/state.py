@@ -17,7 +17,7 @@ from keras_kpsvd.curvature.placement import on
 from keras_kpsvd.curvature.probes import is_orthonormal
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, reduce_calls
 from keras_kpsvd.layers import RecordingLayer
-from keras_kpsvd.linalg import Inverse, all_finite, curvature_moments, packed_size, sum_in_order
+from keras_kpsvd.linalg import Inverse, all_finite, curvature_moments, mean_by, packed_size, sum_in_order
 from keras_kpsvd.tracing import traced_once
 
 # Exact triples are trusted when the first one's residuals are within this part of its value. Where KFAC leaves hardly
@@ -172,17 +172,19 @@ class LayerCurvature:
 
     def moments_and_size(self) -> tuple[tf.Tensor, int]:
         """`linalg.curvature_moments` of the first term, `[2]` float32, 0 before the first refresh; how many weights."""
-        of_blocks = tf.stack([tf.cast(tf.convert_to_tensor(block.moments), tf.float32) for block in self.blocks])
-        traces, along = tf.unstack(of_blocks, axis=1)
-        trace = tf.reduce_sum(traces)
-        both = tf.stack([trace, tf.reduce_sum(tf.math.divide_no_nan(traces, trace) * along)])
+        traces, along = self._moments()
+        both = tf.stack([tf.reduce_sum(traces), mean_by(traces, along)])
         return both, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
+
+    def _moments(self) -> list[tf.Tensor]:
+        """`linalg.curvature_moments` of the blocks: traces, and curvatures along gradients, `[blocks]` float32."""
+        of_blocks = tf.stack([tf.cast(tf.convert_to_tensor(block.moments), tf.float32) for block in self.blocks])
+        return tf.unstack(of_blocks, axis=1)
 
     def kurtosis(self) -> tf.Tensor:
         """`BlockCurvature.kurtosis` of the blocks, the mean by their traces, float32 scalar."""
         kurtoses = tf.stack([tf.cast(tf.convert_to_tensor(block.kurtosis), tf.float32) for block in self.blocks])
-        traces = tf.stack([tf.cast(tf.convert_to_tensor(block.moments)[0], tf.float32) for block in self.blocks])
-        return tf.reduce_sum(tf.math.divide_no_nan(traces, tf.reduce_sum(traces)) * kurtoses)
+        return mean_by(self._moments()[0], kurtoses)
 
     def refresh(
         self,

@@ -33,7 +33,7 @@ from .solve import (
     one_term_and_correction,
     two_term_denominators,
 )
-from .sums import sum_in_order
+from .sums import mean_by, sum_in_order
 from .triples import CONVERGED, NOT_CONVERGED, NOT_FINITE, SingularTriples
 from .truncated import TruncatedInverse, leading_eigenpairs, truncated_inverse
 
@@ -73,6 +73,7 @@ __all__ = [
     "leading_eigenpairs",
     "leading_triples",
     "length_kurtosis",
+    "mean_by",
     "multiplicities",
     "one_term_and_correction",
     "pack",

@@ -1,4 +1,4 @@
-"""Sums that round alike every time."""
+"""Sums that round alike every time, and means."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def sum_in_order(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
         Their sum, in their dtype.
     """
     return tf.reduce_sum(tf.stack([*tensors]), axis=0)
+
+
+def mean_by(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """`Σ wᵢ vᵢ / Σ wᵢ`, 0 where all weights are; no product of two of them leaves float32's range.
+
+    Args:
+        weights: `[n]`, not negative.
+        values: `[n]`.
+
+    Returns:
+        Scalar.
+    """
+    return tf.reduce_sum(tf.math.divide_no_nan(weights, tf.reduce_sum(weights)) * values)
