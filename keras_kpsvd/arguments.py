@@ -10,6 +10,9 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
+# Bound of the paper on the length of a step.
+KL_CLIP = 1e-2
+
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number and no boolean."""
@@ -120,8 +123,36 @@ def resolve_seed(seed: int | None) -> int:
     return generator.randrange(2**31)
 
 
-def check_combinations(*, adaptive: bool, nesterov: bool, conjugate_steps: int, fit_interval: int) -> None:
+def check_switch(argument: str, value: Any) -> None:
+    """A boolean."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{argument}` must be True or False. Received: {argument}={value!r}")
+
+
+def check_seed(value: Any) -> None:
+    """An integer or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+        raise ValueError(f"`seed` must be an integer or None. Received: seed={value!r}")
+
+
+def check_combinations(
+    *, adaptive: bool, nesterov: bool, kl_clip: float | None, conjugate_steps: int, fit_interval: int
+) -> None:
     """Refuses arguments of `KPSVD` that make no sense together."""
+    if not adaptive:
+        for argument, value in (("conjugate_steps", conjugate_steps), ("fit_interval", fit_interval)):
+            if value > 1:
+                raise ValueError(
+                    f"`{argument}` says how the adaptive rate is found and has no meaning where `learning_rate` is "
+                    "given: leave it out, or give learning_rate='adaptive'. "
+                    f"Received: {argument}={value}"
+                )
+    if adaptive and kl_clip not in (None, KL_CLIP):
+        raise ValueError(
+            "`kl_clip` bounds steps of a given rate, and learning_rate='adaptive' fits each step to the quadratic "
+            "model instead: leave it out, or give `learning_rate` a number or a schedule. "
+            f"Received: kl_clip={kl_clip!r}"
+        )
     if conjugate_steps > 1 and fit_interval > 1:
         raise ValueError(
             "`fit_interval` must be 1 where `conjugate_steps` is more than 1, which needs an exact model in every "
@@ -131,7 +162,7 @@ def check_combinations(*, adaptive: bool, nesterov: bool, conjugate_steps: int, 
     if adaptive and nesterov:
         raise ValueError(
             "`nesterov`=True has no meaning with learning_rate='adaptive', whose momentum is found in each step: "
-            "leave it out, or give `learning_rate` a number."
+            "leave it out, or give `learning_rate` a number. Received: nesterov=True"
         )
 
 

@@ -38,14 +38,23 @@ class Head(NamedTuple):
     weight: tf.Tensor | float
 
 
-def check(likelihood: str | Callable) -> None:
-    """Raises a ValueError that names `likelihood` if it is none of the accepted values."""
+def check(likelihood: str | Callable, fisher: str = "sampled") -> None:
+    """Raises a ValueError that names `likelihood` if it is none of the accepted values, or none for `fisher`."""
     if likelihood != "auto" and likelihood not in NAMES and not callable(likelihood):
         expected = ", ".join(repr(name) for name in ("auto", *NAMES))
         raise ValueError(
             f"`likelihood` must be one of {expected}, or a callable from the model's output to a "
             f"tfp.distributions.Distribution. Received: likelihood={likelihood!r}"
         )
+    if fisher == "exact" and callable(likelihood):
+        raise _without_expectation(likelihood)
+
+
+def _without_expectation(likelihood: Callable) -> ValueError:
+    return ValueError(
+        f"`fisher`='exact' knows the expectation over targets of {', '.join(NAMES)} only; use fisher='sampled' with a "
+        f"callable likelihood. Received: likelihood={likelihood!r}"
+    )
 
 
 def targets(head: Head) -> tf.Tensor:
@@ -126,11 +135,7 @@ def exact_cotangents(head: Head) -> tf.Tensor:
     outputs = _leaf(head)
     width = outputs.shape[1:].num_elements()
     if callable(head.family):
-        raise ValueError(
-            "`fisher`='exact' knows the expectation over targets of "
-            f"{', '.join(NAMES)} only; use fisher='sampled' with a callable likelihood. "
-            f"Received: likelihood={head.family!r}"
-        )
+        raise _without_expectation(head.family)
     if width is None or width > MAX_EXACT:
         raise ValueError(
             f"`fisher`='exact' sums over every output and is meant for at most {MAX_EXACT} of them; "

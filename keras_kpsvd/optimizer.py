@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_kpsvd import likelihoods
 from keras_kpsvd.arguments import (
+    KL_CLIP,
     check_branches,
     check_choice,
     check_combinations,
@@ -18,7 +19,9 @@ from keras_kpsvd.arguments import (
     check_fraction,
     check_positive,
     check_rate,
+    check_seed,
     check_strategy,
+    check_switch,
     check_terms,
     is_number,
     resolve_seed,
@@ -85,17 +88,21 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             (EKFAC, George et al. 2018), damped by λ, and like the factors where a batch says little: where λ leaves
             five directions or more free for each target, or few examples make up the Fisher (`curvature.corrected`).
             Needs a sixth to a third fewer epochs on the auto-encoders, at the same cost. None: "corrected" with the
-            adaptive rate and a one-term method.
-        momentum: SGD's momentum in [0, 1]; with the adaptive rate the upper bound of the momentum found.
+            adaptive rate and a one-term method. Of a factor of more than 128 rows either way 64 eigenpairs are kept,
+            and the mean of its other eigenvalues stands for each of them; of a second term 64 likewise, and no others.
+        momentum: SGD's momentum in [0, 1], `v ← momentum·v − rate·Δ`; with the adaptive rate the upper bound of the
+            momentum found, `(−rate, momentum) = −M⁻¹(∇ᵀΔ, ∇ᵀδ₀)` with `M` the model's curvature along `Δ` and the last
+            step `δ₀`.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
         damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 0.002 times the
             curvature along per-example gradients (0.0006 with corrected eigenvalues, a tenth of that where they are
-            damped like the factors), stays above a floor that grows as its root, and follows how far the quadratic
-            model is right: nothing depends on the scale of the loss (`curvature.damping`). A number holds λ.
+            damped like the factors), stays above a floor that grows as its root and below 1e4 times that curvature, and
+            follows how far the quadratic model is right: nothing depends on the scale of the loss
+            (`curvature.damping`). A number holds λ.
         damping_rule: "sqrt" adds `π√λ` and `√λ/π` to the factors, `π² = (tr A/d_in)/(tr G/d_out)` (Martens & Grosse
             2015, §6.3); "factor" adds λ to each. The same for every method; corrected eigenvalues may leave it out.
-        kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩`: longer steps are shortened to it (the paper: 1e-2).
-            None switches it off. The adaptive rate needs no bound and applies none.
+        kl_clip: with a given rate, the bound κ on `rate²·⟨Δ, ∇⟩` (Ba et al. 2017; the paper: 1e-2), to which longer
+            steps are scaled down. None switches it off. The adaptive rate needs no such bound: others are refused.
         factor_decay: decay ρ of the moving average of the factors per refresh, in [0, 1), bias-corrected.
         curvature_interval: updates between refreshes of the factors (the paper's T_cov), or "growing": every update at
             first, then less and less often, from the 190th on every twentieth (`curvature.intervals`).
@@ -106,8 +113,9 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             "kronecker" eigenvalues, need up to a fifth fewer epochs than the default, of three times the cost.
         fit_interval: with the adaptive rate and `conjugate_steps=1`, updates between exact quadratic models. Those in
             between are extrapolated (`curvature.extrapolation`), except in the first 20 updates, with a new
-            preconditioner, for batches of fewer than 128 examples, and where the last step overshot. 1: never. None:
-            20, or 1 with more conjugate steps, which need an exact model in every step.
+            preconditioner, for batches of fewer than 128 examples, where the last step overshot or was cut short, and
+            where the descent has doubled. 1: never. None: 20, or 1 with more conjugate steps, which need an exact model
+            in every step.
         fisher: "sampled" (targets drawn from the model's own predictive distribution), "exact" (the expectation over
             targets, one backward pass for each output, for at most 256 of them), or "empirical" (the actual targets).
         likelihood: "auto" reads it off the compiled loss; "categorical", "bernoulli" and "normal" (variance 1/2, whose
@@ -116,9 +124,11 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         fisher_batch_size: rows of each batch used for the factors. None: all for "kfac", at most 128 for the others,
             whose exact triples cost the cube of that number. Of layers that share their weights among several
             positions (convolutions, sequences) as many rows as have 4,096 positions, at least 32 and at most 128. Where
-            samples are held, by all but "kfac" with "kronecker" eigenvalues, no more than 256 MiB allow for a layer.
+            samples are copied, by all but "kfac" with "kronecker" eigenvalues or one position, no more than 256 MiB
+            allow for a layer.
         indefinite: by what the second term's part divides, since `1 + x` may be negative: "absolute" `1 + |x|`, which
-            never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere.
+            never lengthens a step, or "reflect" `1 + x` where that is positive and `1 + |x|` elsewhere. Of no meaning
+            for methods of one term.
         seed: of the drawn targets. None takes one from the state of Python's `random`, which
             `keras.utils.set_random_seed` sets, without advancing it; on several processes one must be given. Draws are
             stateless and disturb nobody else's random numbers.
@@ -144,7 +154,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
         nesterov: bool = False,
         damping: float | str = "adaptive",
         damping_rule: str = "sqrt",
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = KL_CLIP,
         factor_decay: float = 0.85,
         curvature_interval: int | str = "growing",
         inverse_interval: int | str = "growing",
@@ -160,7 +170,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
     ):
         check_method(method)
         check_fisher(fisher)
-        likelihoods.check(likelihood)
+        likelihoods.check(likelihood, fisher)
         check_choice("damping_rule", damping_rule, get_args(DampingRule))
         check_choice("indefinite", indefinite, get_args(IndefiniteRule))
         if damping != "adaptive":
@@ -172,20 +182,22 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             if interval != "growing":
                 check_count(argument, interval, " or 'growing'")
         check_count("conjugate_steps", conjugate_steps)
+        check_switch("nesterov", nesterov)
+        check_seed(seed)
+        adaptive = isinstance(learning_rate, str) and learning_rate == "adaptive"
         if fit_interval is None:
-            fit_interval = FIT_INTERVAL if conjugate_steps == 1 else 1
+            fit_interval = FIT_INTERVAL if adaptive and conjugate_steps == 1 else 1
         check_count("fit_interval", fit_interval)
         if fisher_batch_size is not None:
             check_count("fisher_batch_size", fisher_batch_size)
         check_fraction("factor_decay", factor_decay, one=False)
         check_fraction("momentum", momentum, one=True)
-        adaptive = isinstance(learning_rate, str) and learning_rate == "adaptive"
         if eigenvalues is None:
             eigenvalues = "corrected" if adaptive and method not in TWO_TERM_METHODS else "kronecker"
         check_choice("eigenvalues", eigenvalues, EIGENVALUES, " or None")
         check_terms(eigenvalues, method, two_term=method in TWO_TERM_METHODS)
         together = {"conjugate_steps": conjugate_steps, "fit_interval": fit_interval}
-        check_combinations(adaptive=adaptive, nesterov=nesterov, **together)
+        check_combinations(adaptive=adaptive, nesterov=nesterov, kl_clip=kl_clip, **together)
         if not adaptive:
             check_rate(learning_rate)
             learning_rate = float(learning_rate) if is_number(learning_rate) else learning_rate

@@ -27,6 +27,8 @@ BAD = {
     "fisher_batch_size": [0, -8, 0.25, True],
     "factor_decay": [1, 1.0, -0.1, 1.5, NAN, None, "0.9", True],
     "momentum": [-0.1, 1.1, NAN, None, "0.9", True],
+    "nesterov": [None, 1, "yes"],
+    "seed": ["a", "1", 1.5, NAN, True],
     "learning_rate": [-1e-3, NAN, INFINITY, -INFINITY, "fast"],
 }
 
@@ -38,9 +40,45 @@ def test_a_bad_argument_is_refused_by_name(argument, value):
 
 
 def test_nesterov_is_refused_with_the_adaptive_rate():
-    with pytest.raises(ValueError, match=r"`nesterov`.*`learning_rate`"):
+    with pytest.raises(ValueError, match=r"`nesterov`.*`learning_rate`.*Received: nesterov=True"):
         KPSVD(nesterov=True)
     KPSVD(nesterov=True, learning_rate=0.1)
+
+
+def test_a_schedule_is_refused_where_the_rate_is_adaptive():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    optimizer = KPSVD()
+    for one in (schedule, lambda: 0.1):
+        with pytest.raises(ValueError, match=r"`learning_rate` .*'adaptive': make one with the schedule.*Received: "):
+            optimizer.learning_rate = one
+    assert float(optimizer.learning_rate) == pytest.approx(0.01)
+    optimizer.learning_rate = 0.1
+    assert KPSVD(schedule).get_config()["learning_rate"]["class_name"] == "ExponentialDecay"
+
+
+@pytest.mark.parametrize("option", [{"conjugate_steps": 2}, {"fit_interval": 20}])
+def test_what_finds_the_adaptive_rate_is_refused_with_a_given_one(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"`{name}` .*learning_rate='adaptive'.*Received: {name}="):
+        KPSVD(0.1, **option)
+    KPSVD(**option)
+    optimizer = KPSVD(0.1, **{name: 1})
+    assert KPSVD.from_config(optimizer.get_config()).get_config() == optimizer.get_config()
+    assert KPSVD(0.1).get_config()["fit_interval"] == 1
+
+
+def test_the_bound_of_given_rates_is_refused_with_the_adaptive_one():
+    with pytest.raises(ValueError, match=r"`kl_clip` .*`learning_rate` a number.*Received: kl_clip=0.001"):
+        KPSVD(kl_clip=1e-3)
+    KPSVD(kl_clip=None)
+    KPSVD(0.1, kl_clip=1e-3)
+    assert KPSVD.from_config(KPSVD().get_config()).kl_clip == KPSVD(0.1).kl_clip == 0.01
+
+
+def test_exact_expectations_are_refused_with_callables():
+    with pytest.raises(ValueError, match=r"`fisher`='exact'.*fisher='sampled'.*Received: likelihood="):
+        KPSVD(fisher="exact", likelihood=lambda outputs: outputs)
+    KPSVD(fisher="exact", likelihood="normal")
 
 
 def test_extrapolated_models_are_refused_with_conjugate_gradients():

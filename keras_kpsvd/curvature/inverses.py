@@ -29,7 +29,8 @@ from keras_kpsvd.linalg import (
 from keras_kpsvd.tracing import traced_once
 
 # Eigenpairs kept of a factor, and of the second term on either side; up to twice as many rows are inverted whole.
-# Half as many cost nothing on CURVES and 3 % of the loss on MNIST, twice as many gained 1 %; see benchmarks/README.md.
+# Half as many cost nothing on CURVES and 2 % of the loss on MNIST, twice as many gained nothing; see its log in
+# benchmarks/README.md.
 RANK = 64
 
 

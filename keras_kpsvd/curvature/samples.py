@@ -221,7 +221,7 @@ def block_samples(
 ) -> dict[str, list[Samples]]:
     """`fisher_samples` with a list for each layer: the samples of each of its blocks."""
     check_fisher(fisher)
-    likelihoods.check(likelihood)
+    likelihoods.check(likelihood, fisher)
     if fisher == "empirical":
         raise ValueError("`fisher`='empirical' needs targets: pass `y` instead.")
     if not getattr(model, "compiled", False) or model.loss is None:

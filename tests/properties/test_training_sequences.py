@@ -86,11 +86,10 @@ def _options(draw):
         "fisher_batch_size": draw(st.sampled_from([None, 2])),
         "seed": draw(st.integers(0, 3)),
         **{f"{name}_interval": draw(st.integers(1, 3)) for name in ("curvature", "inverse")},
-        **draw(
-            st.sampled_from([{}, {"conjugate_steps": 2}, *({"conjugate_steps": 1, "fit_interval": n} for n in (1, 3))])
-        ),
     }
     if draw(st.booleans()):
+        options |= draw(st.sampled_from([{}, {"conjugate_steps": 2}, {"fit_interval": 1}, {"fit_interval": 3}]))
+    else:
         rates = st.sampled_from([0.03, keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)])
         options |= {"learning_rate": draw(rates), "nesterov": draw(st.booleans())}
     of_keras = [
