@@ -11,14 +11,14 @@ from keras_kpsvd.curvature.approximations import METHODS, approximate_terms
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
 from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature
-from keras_kpsvd.linalg import RearrangedFisher
+from keras_kpsvd.linalg import RearrangedFisher, decompositions
 from keras_kpsvd.tracing import graph_function
 from tests import reference
 
 D_IN, D_OUT, DECAY = 4, 3, 0.75
 
 
-def _layer(method, rule="sqrt", indefinite="absolute", shape=(D_IN, D_OUT)):
+def _layer(method, rule="sqrt", indefinite="absolute", shape=(D_IN, D_OUT), eigenvalues="kronecker"):
     made = []
 
     def add_variable(shape, dtype, name, initializer):
@@ -26,7 +26,7 @@ def _layer(method, rule="sqrt", indefinite="absolute", shape=(D_IN, D_OUT)):
         made.append(keras.Variable(initial.astype(dtype), name=name))
         return made[-1]
 
-    options = CurvatureOptions(method, rule, DECAY, indefinite)
+    options = CurvatureOptions(method, rule, DECAY, indefinite, eigenvalues)
     return BlockCurvature("block", shape, "float64", options, add_variable)
 
 
@@ -318,6 +318,37 @@ def test_large_factors_are_inverted_by_their_leading_eigenpairs(rows):
     if rows > 40:
         whole = [np.linalg.inv(f + lam * np.eye(len(f))) for f, lam in zip((a, g), damping, strict=True)]
         assert np.linalg.norm(found - whole[0] @ gradient @ whole[1]) > 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_blocks_of_a_low_rank_are_solved_as_if_whole(method):
+    """Both terms, whose factors have fewer eigenvalues that are not zero than pairs are kept."""
+    block = _layer(method, shape=(200, 140))
+    _refresh(block, _large(0, 40))
+    for _ in range(30):
+        assert _invert(block)
+    gradient = np.random.default_rng(9).normal(size=(200, 140))
+    terms = _factors(block)
+    found = block.precondition(tf.constant(gradient)).numpy()
+    expected = reference.rule_solve(terms, gradient, 0.01)
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    if len(terms) == 2:
+        assert np.linalg.norm(found - reference.rule_solve(terms[:1], gradient, 0.01)) > 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "eigenvalues"),
+    [*((method, "kronecker") for method in METHODS), ("kfac", "corrected"), ("kpsvd", "corrected")],
+)
+def test_no_large_factor_is_decomposed_whole(method, eigenvalues, monkeypatch):
+    sizes, sound = [], decompositions._eigh
+    monkeypatch.setattr(decompositions, "_eigh", lambda matrix: sizes.append(matrix.shape[-1]) or sound(matrix))
+    block = _layer(method, shape=(200, 140), eigenvalues=eigenvalues)
+    for seed in range(2):
+        assert _refresh(block, _large(seed, 40))
+        assert _invert(block)
+    assert sizes
+    assert max(sizes) <= inverses.RANK + 8  # Subspaces are eight columns wider than what is kept of them.
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def build(options):
 def loop(strategy, options):
     late = options.pop("late", False)
     if late:
-        extrapolation.EXACT_UPDATES = 2
+        extrapolation.EXACT_UPDATES, extrapolation.FEWEST_EXAMPLES = 2, 16
     rows, batch_size = (LATE["rows"], LATE["batch"]) if late else (options.pop("rows", ROWS), BATCH)
     batches = tf.data.Dataset.from_tensor_slices(data(rows)).batch(batch_size)
     sharding = tf.data.Options()

@@ -4,6 +4,7 @@ import keras
 import pytest
 
 from keras_kpsvd import KPSVD
+from keras_kpsvd.curvature import extrapolation
 from tests.resume.runs import (
     BATCHES,
     INTERVALS,
@@ -115,37 +116,40 @@ def test_a_dynamic_loss_scale_that_grows_between_goes_on_in_the_same_bits(tmp_pa
     assert counter(model.optimizer, "updates") == BATCHES
 
 
-def _extrapolated_run(method, path):
-    """Extrapolation begins with update 100 and batches of 16; the last exact fit is not the step before the save."""
+def _extrapolated_run(method, path, monkeypatch):
+    """The step after the save is extrapolated from what was saved."""
+    monkeypatch.setattr(extrapolation, "EXACT_UPDATES", 10)
+    monkeypatch.setattr(extrapolation, "FEWEST_EXAMPLES", 16)
     intervals = {"curvature_interval": 6, "inverse_interval": 9, "fit_interval": 7}
-    cheap = {"conjugate_steps": 1}
-    batch, saved_at, batches = 16, 113, 130
+    batch, saved_at, batches = 16, 13, 30
     x, y = data(batches, batch)
-    model = network(KPSVD(method=method, **intervals, **cheap))
-    saved = []
+    model = network(KPSVD(method=method, **intervals))
+    saved, next_fits = [], []
 
     def save(model):
         model.save_weights(path)
         saved.append(everything(model))
 
-    fit(model, x, y, 0, batches, batch, callbacks=[At(saved_at, save)])
+    def look(model):
+        next_fits.append(counter(model.optimizer, "next_fit"))
+
+    fit(model, x, y, 0, batches, batch, callbacks=[At(saved_at, save), At(saved_at, look), At(saved_at + 1, look)])
+    assert next_fits[0] == next_fits[1] > saved_at + 1
     uninterrupted = everything(model)
     model.load_weights(path)
-    until_next = counter(model.optimizer, "next_fit") - saved_at
-    assert until_next not in (0, intervals["fit_interval"])
     assert saved_at % intervals["curvature_interval"] and saved_at % intervals["inverse_interval"]
     fit(model, x, y, saved_at, batches, batch)
     assert_bitwise(everything(model), uninterrupted)
 
 
-def test_a_run_saved_between_exact_fits_goes_on_in_the_same_bits(tmp_path):
-    _extrapolated_run("kfac", tmp_path / "state.weights.h5")
+def test_a_run_saved_between_exact_fits_goes_on_in_the_same_bits(tmp_path, monkeypatch):
+    _extrapolated_run("kfac", tmp_path / "state.weights.h5", monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_a_run_of_any_method_saved_between_exact_fits_goes_on_in_the_same_bits(tmp_path, method):
-    _extrapolated_run(method, tmp_path / "state.weights.h5")
+def test_a_run_of_any_method_saved_between_exact_fits_goes_on_in_the_same_bits(tmp_path, monkeypatch, method):
+    _extrapolated_run(method, tmp_path / "state.weights.h5", monkeypatch)
 
 
 @pytest.mark.slow
