@@ -5,7 +5,7 @@
 `unguarded.GUARDS` lists the guards, which are taken out while a step is traced. The arithmetic that is left is the
 same, which is checked: the weights agree with the stock step's to rounding, and exact fits come in the same steps.
 
-Two steps are looked at: one with three conjugate steps, and the default one as it is from the 90th update on, in which
+Two steps are looked at: one with three conjugate steps, and the default one as it is from the 190th update on, in which
 guards weigh most. All steps of one network start every timed block from the same weights and the same state of the
 optimizer, on one batch of random data, past the first updates in which every fit is exact. A block is a whole number of
 periods of refresh and inversion. "stock again" is the stock step once more: what its ratio is off 1 by is the noise.
@@ -38,10 +38,11 @@ from unguarded import GUARDS, without
 
 from keras_kpsvd import KPSVD
 from keras_kpsvd.curvature.extrapolation import EXACT_UPDATES
+from keras_kpsvd.curvature.intervals import LONGEST
 
 RESULTS = Path(__file__).parent / "results" / "guards.csv"
 STOCK, AGAIN, ALL = "stock", "stock again", "all"
-PERIOD = 10  # updates between refreshes, inversions and exact fits
+PERIOD = LONGEST  # updates between refreshes, inversions and exact fits
 # Arguments of `KPSVD`: one with conjugate gradients, and what a user gets later on, in which guards weigh most.
 STEPS = {
     "conjugate": {"conjugate_steps": 3, "curvature_interval": 5, "inverse_interval": 5},

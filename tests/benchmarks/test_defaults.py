@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import by_key, make_row
 
-PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep")
+PROBLEMS = ("curves", "mnist", "faces", "digits", "conv", "regression", "narrow", "deep", "attention", "tumours")
 
 
 # The plan
