@@ -42,12 +42,11 @@ def _corrected_directions(weights, x, y, dampings, free_bounds, kurtosis_bounds,
     return gradients, steps, factored, dampings
 
 
-def _adaptive_dampings(damping, first, weights, x, lowest):
+def _adaptive_dampings(damping, first, factors, weights, lowest):
     """λ, at least `lowest √(q₀ q)` of the curvature that gradients see, then and now; that of each layer; and `q₀`.
 
     Less for a layer whose curvature is less than a hundredth of the mean.
     """
-    factors = [reference.kfac_factors(*sample) for sample in reference.squared_error_samples(weights, x)]
     traces, sizes = np.array([np.trace(a) * np.trace(g) for a, g in factors]), np.array([w.size for w in weights])
     seen = sum(np.sum(a * a) * np.sum(g * g) for a, g in factors) / traces.sum()  # tr F² / tr F of the whole.
     first, mean = first or seen, traces.sum() / sizes.sum()
@@ -160,20 +159,24 @@ def test_accumulated_parts_are_known_together(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("eigenvalues", "damping", "bound"),
+    ("method", "eigenvalues", "damping", "bound"),
     [
-        ("kronecker", "adaptive", 1e9),
-        ("kronecker", "adaptive", 0.5),
-        ("kronecker", DAMPING, 1e9),
-        ("kronecker", DAMPING, 0.6),
-        (None, "adaptive", 1e9),
-        (None, "adaptive", 0.5),
-        ("uneven", "adaptive", 1e9),
-        ("corrected", DAMPING, 0.6),
+        ("kfac", "kronecker", "adaptive", 1e9),
+        ("kfac", "kronecker", "adaptive", 0.5),
+        ("kfac", "kronecker", DAMPING, 1e9),
+        ("kfac", "kronecker", DAMPING, 0.6),
+        ("kfac", None, "adaptive", 1e9),
+        ("kfac", None, "adaptive", 0.5),
+        ("kfac", "uneven", "adaptive", 1e9),
+        ("kfac", "corrected", DAMPING, 0.6),
+        ("kpsvd", "kronecker", "adaptive", 1e9),
+        ("deflation", "kronecker", "adaptive", 1e9),
+        ("lanczos", "kronecker", DAMPING, 1e9),
+        ("kfac_corrected", "kronecker", "adaptive", 1e9),
     ],
 )
 def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slopes(
-    eigenvalues, damping, bound, monkeypatch
+    method, eigenvalues, damping, bound, monkeypatch
 ):
     monkeypatch.setattr(step_control, "MAX_RELATIVE_CHANGE", bound)
     free_bounds, kurtosis_bounds = (0.5, 2.0), (1e8, 1e9)  # Of 23 weights and 12 numbers.
@@ -183,7 +186,7 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
         for name, value in zip(names, values, strict=True):
             monkeypatch.setattr(corrected, name, value)
     options = {"damping": damping, "eigenvalues": eigenvalues, "conjugate_steps": 1, **EVERY_STEP}
-    model = compiled(tanh_network(), KPSVD(fisher="exact", **options))
+    model = compiled(tanh_network(), KPSVD(method=method, fisher="exact", **options))
     lowest = 2e-3 if eigenvalues == "kronecker" else 6e-4
     weights = matrices(model)
     step = np.zeros(sum(w.size for w in weights))
@@ -192,14 +195,15 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
     for number in range(10):
         x, y = problem(rows=6, seed=0 if number < 4 else number % 3)
         dampings = [expected_damping] * len(weights)
+        terms = [reference.method_terms(*sample, method) for sample in reference.squared_error_samples(weights, x)]
         if damping == "adaptive":
-            expected_damping, dampings, first = _adaptive_dampings(expected_damping, first, weights, x, lowest)
+            of_first = [pairs[0] for pairs in terms]
+            expected_damping, dampings, first = _adaptive_dampings(expected_damping, first, of_first, weights, lowest)
         if eigenvalues == "kronecker":
             gradients = reference.squared_error_gradients(weights, x, y)
-            samples = reference.squared_error_samples(weights, x)
             directions = [
-                reference.rule_solve([reference.kfac_factors(*sample)], gradient, lam)
-                for sample, gradient, lam in zip(samples, gradients, dampings, strict=True)
+                reference.rule_solve(pairs, gradient, lam)
+                for pairs, gradient, lam in zip(terms, gradients, dampings, strict=True)
             ]
         else:
             gradients, directions, part, dampings = _corrected_directions(
