@@ -126,7 +126,8 @@ def test_heavy_tailed_regression_does_not_diverge_between_exact_fits(seed, monke
             KPSVDDense(1),
         ]
     )
-    model.compile(optimizer=KPSVD(conjugate_steps=1, fit_interval=10, damping=1e-4), loss="mse")
+    intervals = dict.fromkeys(("curvature_interval", "inverse_interval", "fit_interval"), 10)
+    model.compile(optimizer=KPSVD(eigenvalues="kronecker", damping=1e-4, **intervals), loss="mse")
     history = model.fit(x, y.astype("float32")[:, None], batch_size=64, epochs=6, verbose=0).history["loss"]
     assert max(history) < 2.0
     assert history[-1] < 0.6 * history[0]
