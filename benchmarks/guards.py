@@ -1,6 +1,6 @@
 """What the guards of a step cost: the step of `KPSVD` against the same step without them, as ratios within one run.
 
-    python benchmarks/guards.py [--rounds 9] [--steps 10] [--quick] [--out benchmarks/results/guards.csv]
+    python benchmarks/guards.py [--rounds 9] [--steps 20] [--quick] [--out benchmarks/results/guards.csv]
 
 `unguarded.GUARDS` lists the guards, which are taken out while a step is traced. The arithmetic that is left is the
 same, which is checked: the weights agree with the stock step's to rounding, and exact fits come in the same steps.

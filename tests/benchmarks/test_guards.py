@@ -150,8 +150,8 @@ def test_ratios_are_of_rounds_and_the_file_has_the_lines_of_the_table(monkeypatc
         (line,) = [line for line in printed.splitlines() if line.startswith(f"  {row['without']:16s}")]
         assert f"{float(row['step_ms']):.2f}" in line and f"{float(row['ratio']):.3f}" in line
         assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])
-        assert (row["rounds"], row["steps"]) == ("2", "10") and row["device"] and "TensorFlow" in row["versions"]
-        assert 1 <= int(row["exact_fits"]) <= 10
+        assert (row["rounds"], row["steps"]) == ("2", "20") and row["device"] and "TensorFlow" in row["versions"]
+        assert 1 <= int(row["exact_fits"]) <= 20
     assert [float(rows[0][name]) for name in ("ratio", "ratio_low", "ratio_high", "difference")] == [1, 1, 1, 0]
     assert int(rows[2]["operations"]) < int(rows[1]["operations"]) == int(rows[0]["operations"])
 
@@ -160,5 +160,5 @@ def test_a_block_that_is_not_whole_periods_is_refused(capsys):
     import guards
 
     with pytest.raises(SystemExit):
-        guards.main(["--steps", "15"])
-    assert "multiple of 10" in capsys.readouterr().err
+        guards.main(["--steps", "30"])
+    assert "multiple of 20" in capsys.readouterr().err
