@@ -32,28 +32,30 @@ def tell_of_fallback(variables: list[keras.Variable], *, all_of_them: bool) -> N
     message += ", ".join(layers[:SHOWN_LAYERS]) + more + "."
     if any(len(variable.shape) > 1 for variable in variables):
         message += " Dense, Conv1D, Conv2D and EinsumDense layers get curvature by `keras_kpsvd.instrument(model)`."
-    # At no line of code: the one that called is Keras's.
+    _tell(message)
+
+
+def _tell(message: str) -> None:
+    """At no line of code: the one that called is Keras's."""
     warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
 def tell_of_nothing_recorded() -> None:
     """Says, as a UserWarning, that a step had a gradient and no forward pass to take its curvature from."""
-    message = (
+    _tell(
         "KPSVD saw no forward pass before this step and took it without new curvature: as a plain gradient step, where "
         "none was seen before. Call the model with `training=True`, under a `tf.GradientTape`, once before each "
         "`apply` and in the same function."
     )
-    warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
 def tell_of_unused_rate() -> None:
     """Says, as a UserWarning, that a rate was set which no variable trains at."""
-    message = (
+    _tell(
         "KPSVD finds its rate in every step where learning_rate='adaptive', and all variables of this model train so: "
         "setting `learning_rate`, as ReduceLROnPlateau and LearningRateScheduler do, has no effect. "
         "Make KPSVD with a number or a schedule as `learning_rate` to choose the rate."
     )
-    warnings.warn_explicit(message, UserWarning, "keras_kpsvd", 0)
 
 
 def run_python(function: Callable[[np.ndarray], None], argument: tf.Tensor) -> tf.Tensor:

@@ -10,11 +10,12 @@ from keras_kpsvd.curvature import corrected, state
 from keras_kpsvd.curvature.corrected import factored_part
 from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall, side_by_side
-from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature, invert_layers
+from keras_kpsvd.curvature.state import LayerCurvature, invert_layers
 from keras_kpsvd.tracing import graph_function
 from tests import reference
+from tests.curvature.blocks import DECAY, add_variable, invert, make_block, refresh
 
-DECAY, LAMBDA = 0.75, 0.01
+LAMBDA = 0.01
 SMALL, LARGE = (4, 3), (12, 9)
 
 
@@ -24,14 +25,8 @@ def small_rank(monkeypatch):
     monkeypatch.setattr(state, "RANK", 4)
 
 
-def _add_variable(shape, dtype, name, initializer):
-    initial = np.eye(*shape) if initializer == "identity" else np.full(shape, float(initializer == "ones"))
-    return keras.Variable(initial.astype(dtype), name=name)
-
-
 def _block(shape=SMALL, method="kfac", rule="sqrt", dtype="float64"):
-    options = CurvatureOptions(method, rule, DECAY, "absolute", "corrected")
-    return BlockCurvature("block", shape, dtype, options, _add_variable)
+    return make_block(method, rule, shape=shape, eigenvalues="corrected", dtype=dtype)
 
 
 def _samples(seed=0, shape=SMALL, shared=1, rows=12):
@@ -40,21 +35,6 @@ def _samples(seed=0, shape=SMALL, shared=1, rows=12):
     activations = rng.normal(size=(rows, shared, d_in)) * np.exp(-np.arange(d_in) / 3.0)
     gradients = np.tanh(activations @ rng.normal(size=shape)) * activations[..., :1]
     return activations, gradients * np.exp(-np.arange(d_out) / 2.0)
-
-
-def _refresh(block, samples, turn=True):
-    batch = BatchCurvature(*map(tf.constant, samples)) if isinstance(samples[0], np.ndarray) else samples
-    values, good = block.refresh(batch, turn)
-    for variable, value in zip(block.refresh_targets, values, strict=True):
-        variable.assign(value)
-    return bool(good)
-
-
-def _invert(block, factored=0.0):
-    values, good = block.invert(tf.constant(LAMBDA, tf.float64), factored)
-    for variable, value in zip(block.preconditioner, values, strict=True):
-        variable.assign(value)
-    return bool(good)
 
 
 def _state(block):
@@ -74,7 +54,7 @@ def _subspace(basis):
 @pytest.mark.parametrize("shared", [1, 2, 5, 20])  # The last ones are reduced to per-example gradients.
 def test_the_first_preconditioner_is_the_damped_inverse_of_the_blocks_own_diagonal(shape, shared):
     block, samples = _block(shape), _samples(shape=shape, shared=shared)
-    assert _refresh(block, samples) and _invert(block)
+    assert refresh(block, samples) and invert(block, LAMBDA, 0.0)
     a, g = reference.kfac_factors(*samples)
     left, right = _state(block)[:2]
     for factor, basis in ((a, left), (g, right)):
@@ -88,7 +68,7 @@ def test_the_first_preconditioner_is_the_damped_inverse_of_the_blocks_own_diagon
 @pytest.mark.parametrize("method", ["kfac", "kpsvd"])
 def test_it_is_nearer_to_the_fisher_block_than_its_kronecker_product(method):
     block, samples = _block(method=method), _samples()
-    _refresh(block, samples)
+    refresh(block, samples)
     fisher = reference.fisher(*samples)
     left, right, *_, diagonal = _state(block)
     ours = np.linalg.norm(reference.matrix_of_diagonal(diagonal, left, right) - fisher)
@@ -102,7 +82,7 @@ def test_averages_are_bias_corrected_and_carried_over_when_the_bases_turn(shape)
     expected, old = None, None
     for number, turn in enumerate(turns):
         samples = _samples(number, shape)
-        assert _refresh(block, samples, turn)
+        assert refresh(block, samples, turn)
         left, right, *_, diagonal = _state(block)
         if number and not turn:
             np.testing.assert_array_equal(left, old[0])
@@ -123,8 +103,8 @@ def test_averages_are_bias_corrected_and_carried_over_when_the_bases_turn(shape)
 def test_damping_is_that_of_the_formula(shape, factored, rule):
     block = _block(shape, rule=rule)
     for seed in range(2):
-        _refresh(block, _samples(seed, shape))
-    assert _invert(block, factored)
+        refresh(block, _samples(seed, shape))
+    assert invert(block, LAMBDA, factored)
     left, right, left_values, right_values, diagonal = _state(block)
     (a, g), *_ = ([one.numpy() for one in pair] for pair in block.factors)
     if shape == SMALL:
@@ -140,20 +120,20 @@ def test_damping_is_that_of_the_formula(shape, factored, rule):
 def test_without_a_preconditioner_gradients_stay_what_they_are(shape):
     block = _block(shape)
     np.testing.assert_array_equal(_map(block, shape), np.eye(shape[0] * shape[1]))
-    assert _invert(block)
+    assert invert(block, LAMBDA, 0.0)
     np.testing.assert_array_equal(_map(block, shape), np.eye(shape[0] * shape[1]))
-    _refresh(block, _samples(shape=shape))
+    refresh(block, _samples(shape=shape))
     np.testing.assert_allclose(_map(block, shape), np.eye(shape[0] * shape[1]), atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_samples_that_are_not_finite_leave_everything_bit_for_bit(side):
     block = _block(LARGE)
-    _refresh(block, _samples(shape=LARGE))
+    refresh(block, _samples(shape=LARGE))
     before = [variable.numpy() for variable in block.refresh_targets]
     samples = _samples(1, LARGE)
     samples[side][2, 0, 1] = np.nan
-    assert not _refresh(block, samples)
+    assert not refresh(block, samples)
     for variable, old in zip(block.refresh_targets, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), old)
 
@@ -161,7 +141,7 @@ def test_samples_that_are_not_finite_leave_everything_bit_for_bit(side):
 @pytest.mark.parametrize("broken", ["nan", "not orthonormal"])
 def test_a_decomposition_that_fails_leaves_everything_bit_for_bit(broken, monkeypatch):
     block = _block(LARGE)
-    _refresh(block, _samples(shape=LARGE))
+    refresh(block, _samples(shape=LARGE))
     before = [variable.numpy() for variable in block.refresh_targets]
     sound = corrected.factor_eigenbasis
 
@@ -172,7 +152,7 @@ def test_a_decomposition_that_fails_leaves_everything_bit_for_bit(broken, monkey
     monkeypatch.setattr(corrected, "factor_eigenbasis", wrong)
     graph_function.cache_clear()
     try:
-        assert not _refresh(block, _samples(1, LARGE))
+        assert not refresh(block, _samples(1, LARGE))
     finally:
         graph_function.cache_clear()
     for variable, old in zip(block.refresh_targets, before, strict=True):
@@ -181,8 +161,8 @@ def test_a_decomposition_that_fails_leaves_everything_bit_for_bit(broken, monkey
 
 def test_a_preconditioner_that_is_not_finite_is_refused():
     block = _block()
-    _refresh(block, _samples())
-    assert _invert(block)
+    refresh(block, _samples())
+    assert invert(block, LAMBDA, 0.0)
     before = block.preconditioner[0].numpy()
     values, good = block.invert(tf.constant(np.nan, tf.float64), 0.0)
     assert not good
@@ -192,7 +172,7 @@ def test_a_preconditioner_that_is_not_finite_is_refused():
 def test_a_damping_next_to_nothing_leaves_inverses_finite():
     block = _block(dtype="float32")
     activations, gradients = (part.astype("float32") for part in _samples())
-    assert _refresh(block, (activations, 0 * gradients))
+    assert refresh(block, (activations, 0 * gradients))
     values, good = block.invert(tf.constant(1e-45), 0.0)
     assert good and np.isfinite(values[0]).all()
     assert float(block.directions_left_free(tf.constant(0.0))) == 0
@@ -201,9 +181,9 @@ def test_a_damping_next_to_nothing_leaves_inverses_finite():
 def test_dead_batches_never_become_nan():
     block = _block(LARGE)
     activations, gradients = _samples(shape=LARGE)
-    assert _refresh(block, (activations, 0 * gradients)) and _invert(block)
+    assert refresh(block, (activations, 0 * gradients)) and invert(block, LAMBDA, 0.0)
     np.testing.assert_allclose(_map(block, LARGE), np.eye(108) / LAMBDA, rtol=1e-6)
-    assert _refresh(block, (activations, gradients)) and _invert(block, 1.0)
+    assert refresh(block, (activations, gradients)) and invert(block, LAMBDA, 1.0)
     assert np.isfinite(block.preconditioner[0].numpy()).all()
 
 
@@ -217,7 +197,7 @@ def test_convolutions_have_the_diagonal_of_their_exact_weight_sharing(groups, si
     x = tf.constant(rng.normal(size=(9, size, size, 4)))
     calls = [LayerCall(x, tf.constant(rng.normal(size=layer(x).shape)))]
     options = CurvatureOptions("kfac", "sqrt", DECAY, "absolute", "corrected")
-    curvature = LayerCurvature(layer, options, _add_variable)
+    curvature = LayerCurvature(layer, options, add_variable)
     values, good = curvature.refresh(calls)
     assert good
     for variable, value in zip(curvature.refresh_targets, values, strict=True):
@@ -248,12 +228,12 @@ def test_kurtoses_of_examples_are_averaged_likewise(shared):
 def test_a_layers_kurtosis_is_that_of_its_blocks_by_their_traces():
     layer = KPSVDConv2D(4, 2, groups=2, use_bias=False, dtype="float64")
     layer.build((None, 5, 5, 4))
-    curvature = LayerCurvature(layer, CurvatureOptions("kfac", "sqrt", DECAY, "absolute", "corrected"), _add_variable)
+    curvature = LayerCurvature(layer, CurvatureOptions("kfac", "sqrt", DECAY, "absolute", "corrected"), add_variable)
     assert float(curvature.kurtosis()) == 0  # Nothing is known yet.
     expected = []
     for seed, block in enumerate(curvature.blocks):
         activations, gradients = _samples(seed, block.shape, shared=2)
-        _refresh(block, (activations, (1 + seed) * gradients))
+        refresh(block, (activations, (1 + seed) * gradients))
         a, g = reference.kfac_factors(activations, (1 + seed) * gradients)
         expected.append((np.trace(a) * np.trace(g), reference.length_kurtosis(activations, gradients)))
     traces, kurtoses = np.transpose(expected)
@@ -294,8 +274,8 @@ def test_layers_are_inverted_with_the_part_given():
     for seed, damping in ((0, 0.01), (1, 0.03)):
         layer = KPSVDDense(SMALL[1], dtype="float64")
         layer.build((None, SMALL[0] - 1))
-        curvatures.append(LayerCurvature(layer, options, _add_variable))
-        _refresh(curvatures[-1].blocks[0], _samples(seed))
+        curvatures.append(LayerCurvature(layer, options, add_variable))
+        refresh(curvatures[-1].blocks[0], _samples(seed))
         dampings[layer] = tf.constant(damping)
     results = invert_layers(curvatures, dampings, factored=tf.constant(0.7))
     assert all(results)

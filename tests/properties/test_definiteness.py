@@ -14,6 +14,7 @@ from keras_kpsvd.curvature.options import CurvatureOptions
 from keras_kpsvd.curvature.reduction import BatchCurvature, LayerCall
 from keras_kpsvd.curvature.state import BlockCurvature, LayerCurvature
 from tests import reference
+from tests.curvature.blocks import add_variable
 from tests.linalg import cases
 
 SETTINGS = {"deadline": None, "derandomize": True}
@@ -23,11 +24,6 @@ LARGE = [(2 * RANK + 2, 3), (3, 2 * RANK + 2)]
 
 
 pytestmark = [pytest.mark.usefixtures("untraced"), pytest.mark.slow]
-
-
-def _add_variable(shape, dtype, name, initializer):
-    initial = np.eye(*shape) if initializer == "identity" else np.full(shape, float(initializer == "ones"))
-    return keras.Variable(initial.astype(dtype), name=name)
 
 
 def _update(targets, results):
@@ -69,7 +65,7 @@ def _damping(factors, strength, rule):
 def _preconditioned(history, dtype="float64"):
     """The dense matrix of the map, and the block it is of, after all refreshes."""
     options, shape, batches, strength = history
-    block = BlockCurvature("block", shape, dtype, options, _add_variable)
+    block = BlockCurvature("block", shape, dtype, options, add_variable)
     for samples in batches:
         assert _update(block.refresh_targets, block.refresh(BatchCurvature(*map(tf.constant, samples))))
         damping = _damping([factor.numpy() for factor in block.factors[0]], strength, options.damping_rule)
@@ -113,7 +109,7 @@ def test_a_preconditioner_of_corrected_eigenvalues_is_symmetric_and_positive_def
 def test_the_averaged_first_term_of_the_svd_methods_stays_positive_semidefinite(history):
     """`V ↦ E[D V Dᵀ]` keeps the cone, so the leading factors lie in it (Perron–Frobenius); clipping is for rounding."""
     options, shape, batches, _ = history
-    block = BlockCurvature("block", shape, "float64", options, _add_variable)
+    block = BlockCurvature("block", shape, "float64", options, add_variable)
     for samples in batches:
         assert _update(block.refresh_targets, block.refresh(BatchCurvature(*map(tf.constant, samples))))
         for factor in block.factors[0]:
@@ -168,7 +164,7 @@ def test_the_preconditioner_of_a_whole_convolution_is_positive_definite(
     layer = KPSVDConv2D(2, 2, groups=groups, use_bias=use_bias, dtype="float64")
     x = tf.constant(rng.standard_t(2, size=(6, 3, 4, 2)) * 10.0**scale)
     gradient = tf.constant(rng.standard_t(2, size=layer(x).shape))
-    curvature = LayerCurvature(layer, CurvatureOptions(method, "sqrt", 0.75, indefinite), _add_variable)
+    curvature = LayerCurvature(layer, CurvatureOptions(method, "sqrt", 0.75, indefinite), add_variable)
     assert _update(curvature.refresh_targets, curvature.refresh([LayerCall(x, gradient)]))
     damping = max(_damping([f.numpy() for f in block.factors[0]], 1e-4, "sqrt") for block in curvature.blocks)
     assert _update(curvature.preconditioner, curvature.invert(tf.constant(damping, tf.float64)))
