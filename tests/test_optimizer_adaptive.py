@@ -26,8 +26,7 @@ def _corrected_directions(weights, x, y, dampings, free_bounds, kurtosis_bounds,
         for sample, both in zip(samples, spectra, strict=True)
     ]
     free = sum(np.sum(one / (one + lam)) for one, lam in zip(diagonals, dampings, strict=True))
-    traces = [np.trace(a) * np.trace(g) for a, g in pairs]
-    kurtosis = np.average([reference.length_kurtosis(*sample, y.shape[1]) for sample in samples], weights=traces)
+    kurtosis = min(reference.length_kurtosis(*sample, y.shape[1]) for sample in samples)
     measures = [(free / y.size, free_bounds), (kurtosis, kurtosis_bounds)]
     factored = np.clip(max((value - low) / (high - low) for value, (low, high) in measures), 0, 1)
     if moves:

@@ -155,8 +155,7 @@ class NaturalGradient:
         # Recorded is the last part of what is accumulated.
         numbers = joint.numbers(self._usual.value) * (self.options.gradient_accumulation_steps or 1)
         directions = sum_in_order([block.directions_left_free(whole[block.layer]) for block in blocks])
-        traces = tf.stack([block.moments_and_size()[0][0] for block in blocks])
-        return factored_part(traces, tf.stack([block.kurtosis() for block in blocks]), directions, numbers)
+        return factored_part(tf.concat([block.kurtoses() for block in blocks], 0), directions, numbers)
 
     def propose(
         self,

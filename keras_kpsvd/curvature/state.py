@@ -172,19 +172,14 @@ class LayerCurvature:
 
     def moments_and_size(self) -> tuple[tf.Tensor, int]:
         """`linalg.curvature_moments` of the first term, `[2]` float32, 0 before the first refresh; how many weights."""
-        traces, along = self._moments()
+        of_blocks = tf.stack([tf.cast(tf.convert_to_tensor(block.moments), tf.float32) for block in self.blocks])
+        traces, along = tf.unstack(of_blocks, axis=1)
         both = tf.stack([tf.reduce_sum(traces), mean_by(traces, along)])
         return both, sum(d_in * d_out for d_in, d_out in self.layer.block_shapes)
 
-    def _moments(self) -> list[tf.Tensor]:
-        """`linalg.curvature_moments` of the blocks: traces, and curvatures along gradients, `[blocks]` float32."""
-        of_blocks = tf.stack([tf.cast(tf.convert_to_tensor(block.moments), tf.float32) for block in self.blocks])
-        return tf.unstack(of_blocks, axis=1)
-
-    def kurtosis(self) -> tf.Tensor:
-        """`BlockCurvature.kurtosis` of the blocks, the mean by their traces, float32 scalar."""
-        kurtoses = tf.stack([tf.cast(tf.convert_to_tensor(block.kurtosis), tf.float32) for block in self.blocks])
-        return mean_by(self._moments()[0], kurtoses)
+    def kurtoses(self) -> tf.Tensor:
+        """`BlockCurvature.kurtosis`, `[blocks]` float32."""
+        return tf.stack([tf.cast(tf.convert_to_tensor(block.kurtosis), tf.float32) for block in self.blocks])
 
     def refresh(
         self,
