@@ -95,7 +95,7 @@ class KPSVD(WholeSteps, AveragesOfStepsTaken, SavesExactly, keras.optimizers.SGD
             step `δ₀`.
         nesterov: Nesterov's form of the momentum; not with the adaptive rate.
         damping: the paper's λ, in units of the compiled loss's curvature. "adaptive" starts at 0.002 times the
-            curvature along per-example gradients (0.001 with corrected eigenvalues, 0.00006 where they are
+            curvature along per-example gradients (0.0006 with corrected eigenvalues, a tenth of that where they are
             damped like the factors), stays above a floor that grows as its root and below 1e4 times that curvature, and
             follows how far the quadratic model is right: nothing depends on the scale of the loss
             (`curvature.damping`). A number holds λ.

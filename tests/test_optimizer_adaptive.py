@@ -15,7 +15,7 @@ from tests.networks import compiled, matrices, problem, tanh_network, variable
 def _corrected_directions(weights, x, y, dampings, free_bounds, kurtosis_bounds, moves):
     """Gradients, preconditioned with the diagonals that the blocks have in the eigenbases of their factors, and `φ`.
 
-    And λ of each layer, of which 0.06 is left where it moves and `φ` is 1.
+    And λ of each layer, of which a tenth is left where it moves and `φ` is 1.
     """
     gradients = reference.squared_error_gradients(weights, x, y)
     samples = reference.squared_error_samples(weights, x)
@@ -30,7 +30,7 @@ def _corrected_directions(weights, x, y, dampings, free_bounds, kurtosis_bounds,
     measures = [(free / y.size, free_bounds), (kurtosis, kurtosis_bounds)]
     factored = np.clip(max((value - low) / (high - low) for value, (low, high) in measures), 0, 1)
     if moves:
-        dampings = [(1 - 0.94 * factored) * one for one in dampings]
+        dampings = [(1 - 0.9 * factored) * one for one in dampings]
     steps = []
     for gradient, pair, both, diagonal, lam in zip(gradients, pairs, spectra, diagonals, dampings, strict=True):
         values, bases = zip(*both, strict=True)
@@ -112,7 +112,7 @@ def test_examples_without_weight_do_not_make_the_others_uneven():
 
 
 def test_between_inversions_lambda_is_what_the_last_one_left_of_it(monkeypatch):
-    """A monitor tells it: half of K-FAC's damping takes 47 % of it, also in steps that only refresh."""
+    """A monitor tells it: half of K-FAC's damping takes 45 % of it, also in steps that only refresh."""
     monkeypatch.setattr(
         "keras_kpsvd.curvature.natural_gradient.factored_part", lambda *known: tf.constant(0.5, tf.float32)
     )
@@ -125,7 +125,7 @@ def test_between_inversions_lambda_is_what_the_last_one_left_of_it(monkeypatch):
         monitor = CurvatureMonitor(budget=None)
         model.fit(*problem(rows=12), batch_size=12, verbose=0, callbacks=[monitor])
         told += [record["damping"] for record in monitor.records[:1]]
-    assert told == pytest.approx([1.06, 1.06, 1.06])
+    assert told == pytest.approx([1.1, 1.1, 1.1])
 
 
 @pytest.mark.parametrize("options", [PLAIN, {}])
@@ -186,7 +186,7 @@ def test_adaptive_steps_minimise_the_quadratic_model_and_damping_follows_the_slo
             monkeypatch.setattr(corrected, name, value)
     options = {"damping": damping, "eigenvalues": eigenvalues, "conjugate_steps": 1, **EVERY_STEP}
     model = compiled(tanh_network(), KPSVD(method=method, fisher="exact", **options))
-    lowest = 2e-3 if eigenvalues == "kronecker" else 1e-3
+    lowest = 2e-3 if eigenvalues == "kronecker" else 6e-4
     weights = matrices(model)
     step = np.zeros(sum(w.size for w in weights))
     expected_damping, slope, averages = 0.0 if damping == "adaptive" else damping, np.zeros(2), np.zeros(2)

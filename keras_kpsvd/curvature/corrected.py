@@ -25,7 +25,7 @@ is less.)
 Up to `ENOUGH` directions and a kurtosis of `EVEN` λ alone damps, from `TOO_MANY` or `UNEVEN` on the factors are damped
 as K-FAC damps them, which holds back all directions in which either factor is small, and in between that part of the
 way. The auto-encoders reach the same loss in two thirds of the epochs without K-FAC's damping; the others need it.
-(More λ instead makes all of them slower.) It is so much more damping that λ is 0.06 there of what it is without
+(More λ instead makes all of them slower.) It is so much more damping that λ is a tenth there of what it is without
 (`FACTORED`). See benchmarks/README.md.
 """
 
@@ -59,7 +59,7 @@ EVEN, UNEVEN = 1.5, 2.0
 ENOUGH, TOO_MANY = 5.0, 10.0
 
 # What is left of λ where the factors are damped.
-FACTORED = 0.06
+FACTORED = 0.1
 
 # Of a damped eigenvalue: its inverse is finite in float32.
 SMALLEST = 1e-35

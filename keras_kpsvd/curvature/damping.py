@@ -4,7 +4,7 @@ A λ that fits one loss, one scale of inputs or one depth means nothing for anot
 per-example gradients see along themselves, `q = Σ_l tr F̂_l² / Σ_l tr F̂_l` of the layers' Kronecker models, and by what
 that was at the first refresh, `q₀`:
 
-    λ ≥ 0.002 √(q₀ q)    (0.001 √(q₀ q) with corrected eigenvalues; 0.06 of it may be left, see `curvature.corrected`),
+    λ ≥ 0.002 √(q₀ q)    (0.0006 √(q₀ q) with corrected eigenvalues; a tenth may be left, see `curvature.corrected`),
 
 where it starts, so that training is the same for a loss multiplied by any number. In training `q` grows, up to a
 million times in deep networks: bounds in units of `q` alone ended up too high there, in units of `q₀` too low for
@@ -37,7 +37,7 @@ from keras_kpsvd.linalg import mean_by
 Dampings = dict[RecordingLayer, tf.Tensor]
 
 # λ is at least the first times √(q₀ q), the second where eigenvalues are corrected, and at most the third times q.
-LOWEST, LOWEST_CORRECTED, HIGHEST = 2e-3, 1e-3, 1e4
+LOWEST, LOWEST_CORRECTED, HIGHEST = 2e-3, 6e-4, 1e4
 
 # A layer's λ is at most so many times what its own mean curvature would make it, and at least that part of the others'.
 REACH, LEAST_PART = 100.0, 1e-10
